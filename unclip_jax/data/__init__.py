@@ -1,0 +1,1 @@
+"""Data sets written by TFDS as ArrayRecord, and the pipeline that reads them by random access."""

@@ -1,0 +1,1 @@
+"""Gaussian diffusion: schedules, losses and samplers that know no network."""

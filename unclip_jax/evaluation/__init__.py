@@ -1,0 +1,1 @@
+"""Evaluation: evaluators and oracles that see images and embeddings, never a stage."""
