@@ -1,0 +1,344 @@
+"""Layers that every network shares, and the only place that names the logical axes of weights.
+
+Weights are float32; matrix products run in each module's `dtype`; norms and softmax run in float32. Every
+weight is boxed with logical axis names (`flax.linen.LogicallyPartitioned`), which `unclip_jax.sharding` maps to
+the mesh by the config's table:
+
+    layers      stacked blocks of a scanned transformer
+    embed       the residual stream, in and out of a block
+    mlp         the wide side of a dense layer
+    heads, kv   attention heads, and the dimensions of one head
+    vocab       rows of an embedding table
+    conv_in, conv_out   channels of a convolution
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+_AXES = {  # role of a dense layer -> axes of its [in, out] kernel
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "mix": ("embed", None),
+}
+
+
+def _boxed(initializer, axes):
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def dense(
+    features: int,
+    *,
+    role: str = "up",
+    dtype: DTypeLike = jnp.float32,
+    use_bias: bool = True,
+    scale: float = 1.0,
+    name: str | None = None,
+) -> nn.Dense:
+    """A linear layer on the last axis.
+
+    Args:
+      features: width of the output.
+      role: "up" (residual stream to a wide layer), "down" (back), or "mix" (output never split); decides how the
+        kernel is sharded.
+      dtype: compute dtype.
+      use_bias: whether to add a zero-initialised bias.
+      scale: variance scale of the LeCun-normal kernel; 0 makes the layer start at zero.
+      name: parameter name.
+    """
+    axes = _AXES[role]
+    init = nn.initializers.zeros if scale == 0 else nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=_boxed(init, axes),
+        bias_init=_boxed(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+def conv(
+    features: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    padding: str | int = "SAME",
+    dtype: DTypeLike = jnp.float32,
+    use_bias: bool = True,
+    scale: float = 1.0,
+    name: str | None = None,
+) -> nn.Conv:
+    """A square 2-D convolution of NHWC images; `scale` 0 makes it start at zero."""
+    init = nn.initializers.zeros if scale == 0 else nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=(stride, stride),
+        padding=padding,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=_boxed(init, (None, None, "conv_in", "conv_out")),
+        bias_init=_boxed(nn.initializers.zeros, ("conv_out",)),
+        name=name,
+    )
+
+
+def embedding(rows: int, width: int, *, dtype: DTypeLike = jnp.float32, name: str | None = None) -> nn.Embed:
+    """A table of `rows` learned vectors, normal with standard deviation 0.02 (Radford et al., 2021)."""
+    init = _boxed(nn.initializers.normal(0.02), ("vocab", "embed"))
+    return nn.Embed(rows, width, dtype=dtype, embedding_init=init, name=name)
+
+
+def learned(module: nn.Module, name: str, shape: tuple[int, ...], *, stddev: float = 0.02) -> Float[Array, "..."]:
+    """A learned array whose last axis is the residual stream (positions, class tokens, null embeddings)."""
+    init = nn.initializers.zeros if stddev == 0 else nn.initializers.normal(stddev)
+    return module.param(name, _boxed(init, (None,) * (len(shape) - 1) + ("embed",)), shape)
+
+
+def layer_norm(*, dtype: DTypeLike = jnp.float32, epsilon: float = 1e-5, name: str | None = None) -> nn.LayerNorm:
+    """Layer norm over the last axis; statistics in float32 whatever `dtype` is."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        scale_init=_boxed(nn.initializers.ones, ("embed",)),
+        bias_init=_boxed(nn.initializers.zeros, ("embed",)),
+        name=name,
+    )
+
+
+class GroupNorm(nn.Module):
+    """Group norm over channels-last features, statistics in float32 (32 groups in ADM, Dhariwal & Nichol 2021).
+
+    Where the channels are not a multiple of 32 the largest common divisor is used, so that tiny networks work.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        channels = x.shape[-1]
+        groups = math.gcd(self.groups, channels)
+        scale = self.param("scale", _boxed(nn.initializers.ones, ("conv_out",)), (channels,))
+        bias = self.param("bias", _boxed(nn.initializers.zeros, ("conv_out",)), (channels,))
+        wide = x.astype(jnp.float32)
+        # Sums per channel first: a reduction over leading axes keeps channels in the vector lanes.
+        space = tuple(range(1, x.ndim - 1))
+        mean = wide.mean(space).reshape(x.shape[0], groups, -1).mean(-1)
+        square = jnp.square(wide).mean(space).reshape(x.shape[0], groups, -1).mean(-1)
+        rstd = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.epsilon)
+        per_channel = (x.shape[0],) + (1,) * len(space) + (channels,)
+        multiplier = jnp.repeat(rstd, channels // groups, axis=-1) * scale
+        offset = bias - jnp.repeat(mean, channels // groups, axis=-1) * multiplier
+        return (wide * multiplier.reshape(per_channel) + offset.reshape(per_channel)).astype(self.dtype)
+
+
+def timestep_embedding(t: Int[Array, "b"], width: int, *, max_period: float = 10000.0) -> Float[Array, "b {width}"]:
+    """Sinusoidal features of timesteps, cosines first, as ADM and GLIDE order them."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(features, ((0, 0), (0, width - 2 * half)))
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "silu": nn.silu,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of tokens already read, so that later tokens need not read them again.
+
+    Attributes:
+      k, v: [layers, b, length, heads, head_dim] buffers (no `layers` axis inside one block).
+      index: int32 scalar, the number of positions that are filled.
+    """
+
+    k: Float[Array, "*layers b s h k"]
+    v: Float[Array, "*layers b s h k"]
+    index: Int[Array, ""]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` to itself and, in front, to `context`, in one softmax (GLIDE's concatenation).
+
+    Attributes:
+      heads: number of heads; must divide the width.
+      context_kv: "own" projects the context by weights of its own (GLIDE's `encoder_kv`); "shared" uses the
+        block's, and wants a context of the block's width.
+      dtype: compute dtype.
+      out_scale: variance scale of the output projection; 0 starts the layer as the identity of its residual.
+    """
+
+    heads: int
+    context_kv: str = "own"
+    dtype: DTypeLike = jnp.float32
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        context: Float[Array, "b m e"] | None = None,
+        mask: Bool[Array, "#b 1 n s"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b n d"], Cache | None]:
+        """Attends; `mask` is True where a query may look, over [context, tokens]; with a cache it is made here.
+
+        With a cache, the tokens of `x` stand at positions `cache.index …` and see those up to themselves, all of
+        the context, and nothing later. The returned cache holds them too.
+        """
+        width = x.shape[-1]
+        head_dim = width // self.heads
+        # DenseGeneral hands its initializer the kernel as [in, out], so fan-in is what it should be.
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+        def project(inputs, count, name):
+            layer = nn.DenseGeneral(
+                (count, self.heads, head_dim),
+                dtype=self.dtype,
+                kernel_init=_boxed(init, ("embed", None, "heads", "kv")),
+                bias_init=_boxed(nn.initializers.zeros, (None, "heads", "kv")),
+                name=name,
+            )
+            return layer, jnp.moveaxis(layer(inputs), -3, 0)
+
+        qkv, (q, k, v) = project(x, 3, "qkv")
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.index, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.index, 1)
+            seen = jnp.arange(k.shape[1])[None] <= cache.index + jnp.arange(x.shape[1])[:, None]
+            mask = seen[None, None]
+            cache = Cache(k, v, cache.index + x.shape[1])
+        if context is not None:
+            if self.context_kv == "own":
+                _, (context_k, context_v) = project(context, 2, "context_kv")
+            else:
+                _, context_k, context_v = jnp.moveaxis(qkv(context.astype(self.dtype)), -3, 0)
+            k = jnp.concatenate([context_k, k], 1)
+            v = jnp.concatenate([context_v, v], 1)
+            if mask is not None and mask.shape[-1] != k.shape[1]:
+                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (context.shape[1], 0)), constant_values=True)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        out_init = (
+            nn.initializers.zeros
+            if self.out_scale == 0
+            else nn.initializers.variance_scaling(self.out_scale, "fan_in", "truncated_normal")
+        )
+        out = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=_boxed(out_init, ("heads", "kv", "embed")),
+            bias_init=_boxed(nn.initializers.zeros, ("embed",)),
+            name="out",
+        )
+        return out(y), cache
+
+
+class MLP(nn.Module):
+    """Two dense layers with an activation between; the hidden width is `ratio` times the width."""
+
+    ratio: float = 4.0
+    activation: str = "gelu"
+    dtype: DTypeLike = jnp.float32
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        width = x.shape[-1]
+        hidden = dense(int(width * self.ratio), role="up", dtype=self.dtype, name="up")(x)
+        return dense(width, role="down", dtype=self.dtype, scale=self.out_scale, name="down")(
+            ACTIVATIONS[self.activation](hidden)
+        )
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`."""
+
+    heads: int
+    activation: str = "gelu"
+    context_kv: str = "own"
+    dtype: DTypeLike = jnp.float32
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, cache, context, mask):
+        attention = Attention(self.heads, self.context_kv, self.dtype, self.out_scale, name="attention")
+        y, cache = attention(layer_norm(dtype=self.dtype, name="norm_1")(x), context, mask, cache)
+        x = x + y
+        mlp = MLP(activation=self.activation, dtype=self.dtype, out_scale=self.out_scale, name="mlp")
+        return x + mlp(layer_norm(dtype=self.dtype, name="norm_2")(x)), cache
+
+
+class Transformer(nn.Module):
+    """`depth` equal pre-norm blocks, scanned: one block is compiled, the weights are stacked on axis 0.
+
+    Attributes:
+      depth, heads: blocks, and heads of each.
+      activation: a key of ACTIVATIONS.
+      context_kv: see Attention.
+      remat: whether the backward pass recomputes each block instead of keeping its activations.
+      dtype: compute dtype.
+    """
+
+    depth: int
+    heads: int
+    activation: str = "gelu"
+    context_kv: str = "own"
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        context: Float[Array, "b m e"] | None = None,
+        mask: Bool[Array, "#b 1 n s"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b n d"], Cache | None]:
+        """Returns the residual stream after the last block (no final norm), and the cache with the new tokens."""
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layers = None if cache is None else Cache(cache.k, cache.v, jnp.broadcast_to(cache.index, (self.depth,)))
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        # Residual branches start smaller the deeper the stack is (GPT-2's 1/sqrt(2 * depth) on the weights).
+        out_scale = 1.0 / (2 * self.depth)
+        x, layers = scanned(self.heads, self.activation, self.context_kv, self.dtype, out_scale, name="blocks")(
+            x.astype(self.dtype), layers, context, mask
+        )
+        return x, None if layers is None else Cache(layers.k, layers.v, layers.index[0])
+
+
+def empty_cache(*, depth: int, batch: int, length: int, heads: int, head_dim: int, dtype: DTypeLike) -> Cache:
+    """A cache of `length` positions, none filled, for a Transformer of `depth` blocks."""
+    zeros = jnp.zeros((depth, batch, length, heads, head_dim), dtype)
+    return Cache(zeros, zeros, jnp.zeros((), jnp.int32))
+
+
+def causal_mask(length: int) -> Bool[Array, "1 1 {length} {length}"]:
+    """True where a query may look: at itself and before."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+def valid_tokens(tokens: Int[Array, "b n"], *, eot: int) -> Bool[Array, "b n"]:
+    """True for the positions of a caption up to and including its first end token."""
+    ended = jnp.cumsum(tokens == eot, axis=-1) - (tokens == eot)
+    return ended == 0
