@@ -1,0 +1,169 @@
+"""Captions to token ids: CLIP's byte-pair tokenizer (transformers), checked by known answers before it is used.
+
+transformers 5 answers an old or misspelt call, or a missing folder, with a tokenizer that maps everything to one id
+and raises nothing. So the files are read here, the symbols are handed over as values, no hub is ever asked, and the
+result must give answers that are known beforehand.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from unclip_jax.data import captions as captions_lib
+from unclip_jax.data.vocabulary import training as vocabulary_training
+from unclip_jax.errors import InputError
+
+_START, _END = vocabulary_training.SPECIALS
+
+# Vocabulary size -> (caption, ids). OpenAI's are those of its published `clip.tokenize`; ours those of the committed
+# files, checked against an independent implementation of byte-pair encoding in tests/data_tokenizer_test.py.
+_OPENAI_SIZE = 49408
+_KNOWN_ANSWERS = {
+    _OPENAI_SIZE: (("a photo of a cat", (320, 1125, 539, 320, 2368)), ("a photo of a dog", (320, 1125, 539, 320, 1929)))
+}
+_TINY_ANSWERS = (
+    ("a small striped red star left of a large blue circle", (320, 548, 582, 537, 646, 697, 563, 320, 558, 630, 660)),
+    ("grinning face with smiling eyes", (1383, 672, 610, 877, 915)),
+)
+_TINY_DIGEST = "ea98de301e9f531b49f647db238aff50d936fa58c18e4d9ebed185266a6994a6"
+
+Merges = list[tuple[str, str]]
+
+
+class Tokenizer:
+    """CLIP's tokenizer over one vocabulary.
+
+    Attributes:
+      vocab_size: number of ids.
+      sot: id that starts every caption, `vocab_size - 2`.
+      eot: id that ends every caption, `vocab_size - 1`.
+      digest: hexadecimal SHA-256 of symbols and merges; equal vocabularies have equal digests, whatever their files.
+    """
+
+    def __init__(self, vocabulary: str):
+        """Loads a vocabulary and checks it.
+
+        Args:
+          vocabulary: "tiny" for the small one that comes with this package, or a folder that holds `vocab.json` and
+            `merges.txt` (or `tokenizer.json`) of OpenAI's CLIP or of another vocabulary in its format.
+
+        Raises:
+          InputError: if the folder or a file is missing or damaged, or if a known caption gets the wrong ids.
+        """
+        folder = importlib.resources.files(vocabulary_training.__package__) if vocabulary == "tiny" else None
+        symbols, merges = _read(pathlib.Path(str(folder)) if folder else pathlib.Path(vocabulary).expanduser())
+        _check_symbols(symbols, merges, vocabulary)
+        self.vocab_size = len(symbols)
+        self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
+        self.digest = _digest(symbols, merges)
+        if vocabulary == "tiny" and self.digest != _TINY_DIGEST:
+            raise InputError("the vocabulary 'tiny' of this installation is damaged: install unclip_jax again")
+        self._clip = _clip_tokenizer(symbols, merges)
+        answers = _TINY_ANSWERS if vocabulary == "tiny" else _KNOWN_ANSWERS.get(self.vocab_size, ())
+        for caption, expected in answers:
+            found = self._words([caption])[0]
+            if tuple(found) != expected:
+                raise InputError(f"vocabulary {vocabulary!r} gives {caption!r} the ids {found}, not {list(expected)}")
+
+    def encode(self, captions: Sequence[str], context_length: int) -> Int32[np.ndarray, "b n"]:
+        """Returns ids `[SOT] words [EOT] 0 0 ...`, int32 [b, context_length], each in [0, vocab_size).
+
+        Captions are cleaned first (`captions.clean`). Words that do not fit are cut and EOT stays last, as in
+        OpenAI's `clip.tokenize(truncate=True)`. `<|endoftext|>` inside a caption is text like any other. Id 0 after
+        EOT is padding, although 0 is also a symbol ("!"): nothing after the first EOT is ever read.
+
+        Raises:
+          InputError: if `context_length` has no room for SOT, one word and EOT.
+        """
+        if context_length < 3:
+            raise InputError(f"a context of {context_length} tokens holds no word: it must be 3 or more")
+        ids = np.zeros((len(captions), context_length), np.int32)
+        for row, words in zip(ids, self._words(captions), strict=True):
+            kept = words[: context_length - 2]
+            row[0] = self.sot
+            row[1 : 1 + len(kept)] = kept
+            row[1 + len(kept)] = self.eot
+        return ids
+
+    def decode(self, ids: Sequence[int] | Int32[np.ndarray, " n"]) -> str:
+        """Returns the text of ids up to the first EOT, without SOT: lower case, one space between words."""
+        words = []
+        for number in ids:
+            if number == self.eot:
+                break
+            if number != self.sot:
+                words.append(int(number))
+        return self._clip.decode(words, clean_up_tokenization_spaces=False)
+
+    def _words(self, captions: Sequence[str]) -> list[list[int]]:
+        """Returns each cleaned caption's ids, without SOT and EOT."""
+        if not captions:
+            return []
+        cleaned = [captions_lib.clean(caption) for caption in captions]
+        return self._clip(cleaned, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def _clip_tokenizer(symbols: dict[str, int], merges: Merges):
+    # Late, as it costs a second; and never online: a vocabulary is a file that is here.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers.CLIPTokenizer(vocab=symbols, merges=merges)
+
+
+def _read(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
+    """Reads symbols and merges from `vocab.json` and `merges.txt`, or else from `tokenizer.json`."""
+    if not folder.is_dir():
+        raise InputError(
+            f"vocabulary {str(folder)!r} is not a folder: it must be 'tiny' or a folder with vocab.json and merges.txt"
+        )
+    try:
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            symbols = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            # Not splitlines: symbols may hold characters that it takes for line ends.
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        elif (folder / "tokenizer.json").is_file():
+            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            symbols = model["vocab"]
+            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        else:
+            raise InputError(f"folder {str(folder)!r} holds neither vocab.json and merges.txt nor tokenizer.json")
+        return {str(symbol): int(number) for symbol, number in symbols.items()}, [(a, b) for a, b in merges]
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"the vocabulary in {str(folder)!r} cannot be read: {error}") from error
+
+
+def _check_symbols(symbols: dict[str, int], merges: Merges, vocabulary: str) -> None:
+    """Checks that the files are whole and in CLIP's format."""
+
+    def require(condition: bool, wrong: str) -> None:
+        if not condition:
+            raise InputError(f"vocabulary {vocabulary!r} is damaged or not CLIP's: {wrong}")
+
+    size = len(symbols)
+    require(sorted(symbols.values()) == list(range(size)), f"the ids of its {size} symbols are not 0 to {size - 1}")
+    for symbol, number in ((_START, size - 2), (_END, size - 1)):
+        require(symbols.get(symbol) == number, f"{symbol} should be id {number}, not {symbols.get(symbol)}")
+    # Without all bytes, some text would map to the unknown symbol, which in CLIP is EOT.
+    letters = vocabulary_training.byte_symbols()
+    missing = [symbol for symbol in [*letters, *(letter + "</w>" for letter in letters)] if symbol not in symbols]
+    require(not missing, f"it lacks {len(missing)} of the 512 byte symbols")
+    lost = [a + b for a, b in merges if a + b not in symbols]
+    require(not lost, f"the result of {len(lost)} merges is no symbol, such as {lost[:1]}")
+    expected = size - 512 - 2
+    require(len(merges) == expected, f"it has {len(merges)} merges where its size asks for {expected}")
+
+
+def _digest(symbols: dict[str, int], merges: Merges) -> str:
+    ordered = sorted(symbols, key=symbols.__getitem__)
+    return hashlib.sha256(json.dumps([ordered, merges]).encode()).hexdigest()
