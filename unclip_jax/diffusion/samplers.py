@@ -1,0 +1,268 @@
+"""Samplers: each is one pure step, and one scan drives them all.
+
+N timesteps are N network calls, and the last ends at zero noise. A new sampler is a function of a `Step` that returns
+x at the next cleaner level, and its name in `METHODS`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from unclip_jax.arrays import ExampleKeys, Timesteps
+from unclip_jax.diffusion.gaussian import AnyData, GaussianDiffusion, ModelOutput, gather
+from unclip_jax.diffusion.schedules import log_snr_half
+from unclip_jax.errors import InputError, nearest
+
+Denoiser = Callable[[AnyData, Timesteps], ModelOutput]
+XStartProcessor = Callable[[AnyData, Timesteps], AnyData]
+
+# Where in an example's stream of noise x_T stands: far past any step.
+_INITIAL = 2**31 - 1
+
+
+def draw_noise(keys: ExampleKeys, shape: tuple[int, ...], *, step: int | Int[Array, ""]) -> AnyData:
+    """Standard normal float32 [b, *shape] of one step; an example's noise depends on its own key and the step only."""
+    folded = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(folded)
+
+
+def initial_noise(keys: ExampleKeys, shape: tuple[int, ...]) -> AnyData:
+    """Draws x_T [b, *shape] from the same keys that `sample` takes; no step of `sample` draws this noise again."""
+    return draw_noise(keys, shape, step=_INITIAL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """All that a sampler may use to go from level t to the next cleaner one.
+
+    Attributes:
+      diffusion: the process restricted to the sampled timesteps.
+      x_t: current x.
+      t: int [b], its level in `diffusion`.
+      x_start: predicted, processed and clipped.
+      eps: the noise that agrees with x_t and x_start.
+      v_range: variance channels of a learned range, else None.
+      previous_x_start: x_start of the step before (zeros at the first).
+      noise: draws this step's standard normal noise.
+      eta: DDIM's share of fresh noise.
+      x_start_variance: float32 [T] over the original timesteps, or None.
+    """
+
+    diffusion: GaussianDiffusion
+    x_t: AnyData
+    t: Timesteps
+    x_start: AnyData
+    eps: AnyData
+    v_range: AnyData | None
+    previous_x_start: AnyData
+    noise: Callable[[], AnyData]
+    eta: int | float
+    x_start_variance: Float[Array, "T"] | None
+
+    def lookup(self, table: np.ndarray) -> Array:
+        return gather(table, self.t, self.x_t)
+
+    def not_last(self) -> Array:
+        """1.0, or 0.0 at the last step, after which there is no noise."""
+        return self.lookup(np.arange(len(self.diffusion.alpha_bars)) > 0)
+
+
+def _ddpm(step: Step) -> AnyData:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the process's own choice of variance."""
+    mean = step.diffusion.q_posterior(x_start=step.x_start, x_t=step.x_t, t=step.t).mean
+    log_variance = step.diffusion.log_variance(step.v_range, t=step.t, like=step.x_t)
+    return mean + step.not_last() * jnp.exp(0.5 * log_variance) * step.noise()
+
+
+def _analytic(step: Step) -> AnyData:
+    """Ancestral sampling with the optimal variance (Bao et al. 2022, theorem 1): the posterior's own, plus what is
+    not known of x_start."""
+    process = step.diffusion
+    assert step.x_start_variance is not None
+    mean = process.q_posterior(x_start=step.x_start, x_t=step.x_t, t=step.t).mean
+    unknown = step.x_start_variance[jnp.asarray(process.timesteps)[step.t]]
+    unknown = jnp.maximum(unknown, 0).reshape(step.t.shape + (1,) * (step.x_t.ndim - 1))
+    variance = step.lookup(process.posterior_variance) + step.lookup(process.posterior_x_start_weight**2) * unknown
+    return mean + step.not_last() * jnp.sqrt(variance) * step.noise()
+
+
+def _ddim(step: Step) -> AnyData:
+    """DDIM (Song et al. 2021, equations 12 and 16); eta = 0 is deterministic, eta = 1 ancestral with beta~."""
+    process = step.diffusion
+    after = process.alpha_bars_before
+    variance = step.eta**2 * process.posterior_variance
+    x = step.lookup(np.sqrt(after)) * step.x_start + step.lookup(np.sqrt(1 - after - variance)) * step.eps
+    return x if step.eta == 0 else x + step.lookup(np.sqrt(variance)) * step.noise()
+
+
+def _dpmpp_2m(step: Step) -> AnyData:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); its first and last steps are of first order."""
+    process = step.diffusion
+    signal, noise = np.sqrt(process.alpha_bars), np.sqrt(1 - process.alpha_bars)
+    signal_after, noise_after = np.sqrt(process.alpha_bars_before), np.sqrt(1 - process.alpha_bars_before)
+    # h = lambda(after) - lambda(t); the weight of the slope is h / (2 h_previous).
+    slope = np.zeros_like(signal)
+    time = log_snr_half(process.alpha_bars)
+    if len(slope) > 2:
+        slope[1:-1] = (time[:-2] - time[1:-1]) / (2 * (time[1:-1] - time[2:]))
+    x_start = step.x_start + step.lookup(slope) * (step.x_start - step.previous_x_start)
+    return step.lookup(noise_after / noise) * step.x_t + (
+        step.lookup(signal_after - signal * noise_after / noise) * x_start
+    )
+
+
+METHODS: dict[str, Callable[[Step], AnyData]] = {
+    "ddpm": _ddpm,
+    "analytic": _analytic,
+    "ddim": _ddim,
+    "dpmpp_2m": _dpmpp_2m,
+}
+
+
+def sample(
+    diffusion: GaussianDiffusion,
+    denoise_fn: Denoiser,
+    x_T: AnyData,
+    keys: ExampleKeys,
+    *,
+    method: str = "ddpm",
+    timesteps: int | str | Int[np.ndarray, "n"],
+    eta: int | float = 0.0,
+    process_x_start: XStartProcessor | None = None,
+    x_start_variance: Float[Array, "T"] | None = None,
+) -> AnyData:
+    """Samples x_0, float32, shaped as x_T, with one network call per timestep.
+
+    Args:
+      diffusion: the full process the network was trained on.
+      denoise_fn: fn(x_t, t) -> the network's raw output, with t the original timestep, int32 [b].
+      x_T: noise at the first of the timesteps; see `initial_noise`.
+      keys: one key per example; an example's sample does not depend on the batch it is in.
+      method: "ddpm", "analytic", "ddim" or "dpmpp_2m".
+      timesteps: a spec of `schedules.sampling_timesteps`, or original timesteps, descending.
+      eta: DDIM's share of fresh noise, in [0, 1].
+      process_x_start: fn(x_start, t) -> x_start, applied to every prediction before it is clipped to
+        `diffusion.clip_x_start`: dynamic thresholding, or pasting a known region.
+      x_start_variance: for "analytic": E |x_start - prediction|^2 per dimension at each original timestep, [T].
+
+    Raises:
+      InputError: for an unknown method, timesteps the process does not have, an eta outside [0, 1], or "analytic"
+        without variances.
+    """
+    _check(diffusion, method=method, eta=eta, x_start_variance=x_start_variance)
+    process = diffusion.respaced(timesteps)
+    count, batch, shape = len(process.timesteps), x_T.shape[0], x_T.shape[1:]
+    x_T = x_T.astype(jnp.float32)
+
+    def advance(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:
+        x_t, previous_x_start = carry
+        t = jnp.full((batch,), count - 1 - number, jnp.int32)
+        x_start, eps, v_range = _predict(process, denoise_fn, x_t, t, process_x_start)
+        step = Step(
+            diffusion=process,
+            x_t=x_t,
+            t=t,
+            x_start=x_start,
+            eps=eps,
+            v_range=v_range,
+            previous_x_start=previous_x_start,
+            noise=lambda: draw_noise(keys, shape, step=number),
+            eta=eta,
+            x_start_variance=x_start_variance,
+        )
+        return (METHODS[method](step), x_start), None
+
+    (x_0, _), _ = jax.lax.scan(advance, (x_T, jnp.zeros_like(x_T)), jnp.arange(count, dtype=jnp.int32))
+    return x_0
+
+
+def ddim_invert(
+    diffusion: GaussianDiffusion,
+    denoise_fn: Denoiser,
+    x_start: AnyData,
+    *,
+    timesteps: int | str | Int[np.ndarray, "n"],
+) -> AnyData:
+    """Finds the x_T from which DDIM (eta 0, the same timesteps) makes x_start (Dhariwal & Nichol 2021, appendix F).
+
+    One network call per timestep. Each step uses the noise predicted where it starts, so the error falls as 1/N.
+    Predictions are not clipped. To leave out the noisiest step, which adds artifacts, give both this function and
+    `sample` the timesteps without their first.
+
+    Returns:
+      x at the level of the first (noisiest) of the timesteps, float32, shaped as x_start.
+    """
+    process = diffusion.respaced(timesteps)
+    count, batch = len(process.timesteps), x_start.shape[0]
+    signal = jnp.asarray(np.sqrt(process.alpha_bars), jnp.float32)
+    noise = jnp.asarray(np.sqrt(1 - process.alpha_bars), jnp.float32)
+
+    def advance(x: Array, number: Array) -> tuple[Array, None]:
+        # The clean image has no timestep of its own: its noise is read at the cleanest one.
+        t = jnp.full((batch,), jnp.maximum(number - 1, 0), jnp.int32)
+        predicted, _ = process.split_output(denoise_fn(x, jnp.asarray(process.timesteps)[t]))
+        eps = process.predict_eps(predicted, x_t=x, t=t)
+        signal_from = jnp.where(number == 0, 1.0, signal[t[0]])
+        noise_from = jnp.where(number == 0, 0.0, noise[t[0]])
+        clean = (x - noise_from * eps) / signal_from
+        return signal[number] * clean + noise[number] * eps, None
+
+    x_T, _ = jax.lax.scan(advance, x_start.astype(jnp.float32), jnp.arange(count, dtype=jnp.int32))
+    return x_T
+
+
+def dynamic_threshold(quantile: float = 0.995) -> XStartProcessor:
+    """Returns a processor that scales each example so that this quantile of |x_start|, if above 1, becomes 1 (Saharia
+    et al. 2022, section 2.3).
+
+    Raises:
+      InputError: for a quantile outside (0, 1].
+    """
+    if not 0 < quantile <= 1:
+        raise InputError(f"the quantile of dynamic thresholding is {quantile:g}, but must be in (0, 1]")
+
+    def process(x_start: AnyData, t: Timesteps) -> AnyData:
+        del t
+        axes = tuple(range(1, x_start.ndim))
+        limit = jnp.maximum(jnp.quantile(jnp.abs(x_start), quantile, axis=axes, keepdims=True), 1.0)
+        return jnp.clip(x_start, -limit, limit) / limit
+
+    return process
+
+
+def _predict(
+    process: GaussianDiffusion, denoise_fn: Denoiser, x_t: Array, t: Array, process_x_start: XStartProcessor | None
+) -> tuple[Array, Array, Array | None]:
+    """Calls the network once; x_start, and an eps that agrees with it even where it was clipped."""
+    timesteps = jnp.asarray(process.timesteps, jnp.int32)[t]
+    predicted, v_range = process.split_output(denoise_fn(x_t, timesteps))
+    x_start = process.predict_x_start(predicted, x_t=x_t, t=t)
+    if process_x_start is not None:
+        x_start = process_x_start(x_start, timesteps)
+    if process.clip_x_start is not None:
+        x_start = jnp.clip(x_start, *process.clip_x_start)
+    if process_x_start is None and process.clip_x_start is None:
+        return x_start, process.predict_eps(predicted, x_t=x_t, t=t), v_range
+    return x_start, process.eps_from_x_start(x_start, x_t=x_t, t=t), v_range
+
+
+def _check(
+    diffusion: GaussianDiffusion, *, method: str, eta: int | float, x_start_variance: Float[Array, "T"] | None
+) -> None:
+    if method not in METHODS:
+        raise InputError(f"unknown sampling method {method!r}: {nearest(method, METHODS)}")
+    if not 0 <= eta <= 1:
+        raise InputError(f"DDIM's eta is {eta:g}, but must be in [0, 1]")
+    if eta and method != "ddim":
+        raise InputError(f"eta is {eta:g}, but the sampling method {method!r} has none: use eta 0 or the method 'ddim'")
+    if method == "analytic" and x_start_variance is None:
+        raise InputError("the sampling method 'analytic' needs x_start_variance, one number per original timestep")
+    if x_start_variance is not None and x_start_variance.shape != (diffusion.num_timesteps,):
+        raise InputError(
+            f"x_start_variance has shape {x_start_variance.shape}, but must hold one number for each of the process's "
+            f"{diffusion.num_timesteps} timesteps"
+        )
