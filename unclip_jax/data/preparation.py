@@ -1,0 +1,48 @@
+"""Writes a TFDS builder's splits as ArrayRecord, once and whole.
+
+Every data set of the project keeps one contract: `prepare(data_dir=...)` returns the directory of a prepared
+builder, whose records have at least `image` (PNG, JPEG or WebP bytes where decoding is skipped), `caption` and
+`id` (index in the split). Reading it back needs no TensorFlow:
+
+    builder = tfds.builder_from_directory(directory)
+    source = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+"""
+
+import contextlib
+import io
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+
+def write_once(builder: "tfds.core.DatasetBuilder") -> str:
+    """Writes all splits of a builder, unless they are there, and returns their directory.
+
+    TFDS writes into a directory of another name and renames it last: where the returned directory exists, it is
+    whole. An interrupted preparation leaves at most `<version>.incomplete...`, which the next one does not read.
+    Only writing imports TensorFlow.
+    """
+    if builder.is_prepared():
+        return str(builder.data_path)
+    _import_tensorflow()
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    # TFDS prints that it downloads, which it does not.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record")
+    return str(builder.data_path)
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow quietly and keeps it off the GPU, whose memory it would take whole; here it only packs bytes."""
+    if "tensorflow" in sys.modules:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
