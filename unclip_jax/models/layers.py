@@ -32,6 +32,13 @@ def _boxed(initializer, axes):
     return nn.with_logical_partitioning(initializer, axes)
 
 
+def _kernel_init(scale):
+    """LeCun's normal initializer with its variance scaled; zeros for a scale of 0."""
+    if scale == 0:
+        return nn.initializers.zeros
+    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+
+
 def dense(
     features: int,
     *,
@@ -53,12 +60,11 @@ def dense(
       name: parameter name.
     """
     axes = _AXES[role]
-    init = nn.initializers.zeros if scale == 0 else nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=_boxed(init, axes),
+        kernel_init=_boxed(_kernel_init(scale), axes),
         bias_init=_boxed(nn.initializers.zeros, axes[1:]),
         name=name,
     )
@@ -76,7 +82,6 @@ def conv(
     name: str | None = None,
 ) -> nn.Conv:
     """A square 2-D convolution of NHWC images; `scale` 0 makes it start at zero."""
-    init = nn.initializers.zeros if scale == 0 else nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
@@ -84,7 +89,7 @@ def conv(
         padding=padding,
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=_boxed(init, (None, None, "conv_in", "conv_out")),
+        kernel_init=_boxed(_kernel_init(scale), (None, None, "conv_in", "conv_out")),
         bias_init=_boxed(nn.initializers.zeros, ("conv_out",)),
         name=name,
     )
@@ -124,7 +129,13 @@ class GroupNorm(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b *space c"],
+        modulate: Float[Array, "b c"] | None = None,
+        shift: Float[Array, "b c"] | None = None,
+    ) -> Float[Array, "b *space c"]:
+        """Normalises; with `modulate` and `shift` returns `norm(x) * (1 + modulate) + shift` in one pass over x."""
         channels = x.shape[-1]
         groups = math.gcd(self.groups, channels)
         scale = self.param("scale", _boxed(nn.initializers.ones, ("conv_out",)), (channels,))
@@ -138,6 +149,9 @@ class GroupNorm(nn.Module):
         per_channel = (x.shape[0],) + (1,) * len(space) + (channels,)
         multiplier = jnp.repeat(rstd, channels // groups, axis=-1) * scale
         offset = bias - jnp.repeat(mean, channels // groups, axis=-1) * multiplier
+        if modulate is not None and shift is not None:
+            gain = 1.0 + modulate.astype(jnp.float32)
+            multiplier, offset = multiplier * gain, offset * gain + shift.astype(jnp.float32)
         return (wide * multiplier.reshape(per_channel) + offset.reshape(per_channel)).astype(self.dtype)
 
 
@@ -162,12 +176,12 @@ class Cache(NamedTuple):
 
     Attributes:
       k, v: [layers, b, length, heads, head_dim] buffers (no `layers` axis inside one block).
-      index: int32 scalar, the number of positions that are filled.
+      filled: int32 scalar, the number of positions that are filled.
     """
 
     k: Float[Array, "*layers b s h k"]
     v: Float[Array, "*layers b s h k"]
-    index: Int[Array, ""]
+    filled: Int[Array, "*layers"]
 
 
 class Attention(nn.Module):
@@ -196,13 +210,13 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b n d"], Cache | None]:
         """Attends; `mask` is True where a query may look, over [context, tokens]; with a cache it is made here.
 
-        With a cache, the tokens of `x` stand at positions `cache.index …` and see those up to themselves, all of
+        With a cache, the tokens of `x` stand at positions `cache.filled …` and see those up to themselves, all of
         the context, and nothing later. The returned cache holds them too.
         """
         width = x.shape[-1]
         head_dim = width // self.heads
         # DenseGeneral hands its initializer the kernel as [in, out], so fan-in is what it should be.
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        init = _kernel_init(1.0)
 
         def project(inputs, count, name):
             layer = nn.DenseGeneral(
@@ -216,11 +230,11 @@ class Attention(nn.Module):
 
         qkv, (q, k, v) = project(x, 3, "qkv")
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.index, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.index, 1)
-            seen = jnp.arange(k.shape[1])[None] <= cache.index + jnp.arange(x.shape[1])[:, None]
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.filled, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.filled, 1)
+            seen = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
             mask = seen[None, None]
-            cache = Cache(k, v, cache.index + x.shape[1])
+            cache = Cache(k, v, cache.filled + x.shape[1])
         if context is not None:
             if self.context_kv == "own":
                 _, (context_k, context_v) = project(context, 2, "context_kv")
@@ -231,16 +245,11 @@ class Attention(nn.Module):
             if mask is not None and mask.shape[-1] != k.shape[1]:
                 mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (context.shape[1], 0)), constant_values=True)
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        out_init = (
-            nn.initializers.zeros
-            if self.out_scale == 0
-            else nn.initializers.variance_scaling(self.out_scale, "fan_in", "truncated_normal")
-        )
         out = nn.DenseGeneral(
             width,
             axis=(-2, -1),
             dtype=self.dtype,
-            kernel_init=_boxed(out_init, ("heads", "kv", "embed")),
+            kernel_init=_boxed(_kernel_init(self.out_scale), ("heads", "kv", "embed")),
             bias_init=_boxed(nn.initializers.zeros, ("embed",)),
             name="out",
         )
@@ -310,7 +319,7 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "b n d"], Cache | None]:
         """Returns the residual stream after the last block (no final norm), and the cache with the new tokens."""
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        layers = None if cache is None else Cache(cache.k, cache.v, jnp.broadcast_to(cache.index, (self.depth,)))
+        layers = None if cache is None else Cache(cache.k, cache.v, jnp.broadcast_to(cache.filled, (self.depth,)))
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -324,7 +333,7 @@ class Transformer(nn.Module):
         x, layers = scanned(self.heads, self.activation, self.context_kv, self.dtype, out_scale, name="blocks")(
             x.astype(self.dtype), layers, context, mask
         )
-        return x, None if layers is None else Cache(layers.k, layers.v, layers.index[0])
+        return x, None if layers is None else Cache(layers.k, layers.v, layers.filled[0])
 
 
 def empty_cache(*, depth: int, batch: int, length: int, heads: int, head_dim: int, dtype: DTypeLike) -> Cache:
@@ -342,3 +351,8 @@ def valid_tokens(tokens: Int[Array, "b n"], *, eot: int) -> Bool[Array, "b n"]:
     """True for the positions of a caption up to and including its first end token."""
     ended = jnp.cumsum(tokens == eot, axis=-1) - (tokens == eot)
     return ended == 0
+
+
+def empty_caption(length: int, vocab_size: int) -> Int[Array, "{length}"]:
+    """The tokens of an empty caption: the start and the end token (the table's last two), then zeros."""
+    return jnp.zeros((length,), jnp.int32).at[:2].set(jnp.array([vocab_size - 2, vocab_size - 1], jnp.int32))

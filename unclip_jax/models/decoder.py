@@ -1,0 +1,134 @@
+"""The unCLIP decoder: GLIDE's U-Net and text encoder, conditioned on a CLIP image embedding too (section 2.1).
+
+The embedding enters twice: projected and added to the timestep's, and as extra tokens behind the text's. Either part
+can be left out by config, which gives the paper's ablations: without the embedding this is GLIDE.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from unclip_jax.errors import InputError
+from unclip_jax.models import layers
+from unclip_jax.models.text_encoder import TextEncoder
+from unclip_jax.models.unet import UNet
+
+
+class Conditioning(NamedTuple):
+    """All that the U-Net reads of a caption and an embedding: the same at every timestep, so computed once.
+
+    Attributes:
+      emb: [b, 4 * channels], added to the timestep's embedding; None without any condition.
+      context: [b, m, width], read by the attention blocks; None likewise.
+    """
+
+    emb: Float[Array, "b e"] | None
+    context: Float[Array, "b m d"] | None
+
+
+class Decoder(nn.Module):
+    """A U-Net conditioned on a caption, on a CLIP embedding, or on both.
+
+    Attributes:
+      unet: fields of the UNet.
+      text: fields of the TextEncoder, or None for a decoder that reads no caption.
+      embed_dim: length of CLIP embeddings; 0 for a decoder that reads none (GLIDE).
+      clip_tokens: how many context tokens are made of the embedding (4 in the paper).
+      null_clip: what stands for a dropped embedding: "zeros" (figure 8) or "learned", the two that section 2.1 names.
+      clip_scale: multiplies embeddings on entry, a dropped one's zeros and learned vector excepted. The paper says
+        nothing of it (1); sqrt(embed_dim) gives unit-norm embeddings coordinates of variance 1.
+      dtype: compute dtype.
+    """
+
+    unet: Mapping[str, Any]
+    text: Mapping[str, Any] | None
+    embed_dim: int
+    clip_tokens: int = 4
+    null_clip: str = "zeros"
+    clip_scale: float = 1.0
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.null_clip not in ("zeros", "learned"):
+            raise InputError(f"null_clip is {self.null_clip!r}; it must be 'zeros' or 'learned'")
+
+    def setup(self) -> None:
+        self.network = UNet(**{**self.unet, "dtype": self.dtype})
+        width = 4 * self.network.channels
+        if self.text is not None:
+            self.text_encoder = TextEncoder(**{**self.text, "dtype": self.dtype})
+            self.text_emb = layers.dense(4 * self.network.channels, role="mix", dtype=self.dtype)
+            width = self.text_encoder.width
+        if self.embed_dim:
+            self.clip_emb = layers.dense(4 * self.network.channels, role="mix", dtype=self.dtype)
+            if self.clip_tokens:
+                self.clip_context = layers.dense(self.clip_tokens * width, role="mix", dtype=self.dtype)
+            if self.null_clip == "learned":
+                self.null_embedding = layers.learned(self, "null_embedding", (self.embed_dim,))
+
+    def condition(
+        self,
+        tokens: Int[Array, "b n"] | None,
+        z_i: Float[Array, "b d"] | None,
+        drop_text: Bool[Array, "b"] | None = None,
+        drop_clip: Bool[Array, "b"] | None = None,
+    ) -> Conditioning:
+        """Computes the part of the conditioning that no timestep changes.
+
+        Args:
+          tokens: captions, [start] words [end] 0 0 ...; read iff there is a text encoder.
+          z_i: CLIP embeddings of unit norm (of images; of texts in the paper's ablation); read iff embed_dim is set.
+          drop_text: where True the empty caption is read in the caption's place.
+          drop_clip: where True the null embedding is read in the embedding's place.
+        """
+        embs: list[jax.Array] = []
+        contexts: list[jax.Array] = []
+        if self.text is not None:
+            if tokens is None:
+                raise InputError("this decoder has a text encoder and needs tokens; for no caption use drop_text")
+            encoded = self.text_encoder(tokens, drop_text)
+            # GLIDE reads the last position, a padding slot that has attended to the whole caption.
+            embs.append(self.text_emb(encoded[:, -1]))
+            contexts.append(encoded)
+        if self.embed_dim:
+            if z_i is None or z_i.shape[-1] != self.embed_dim:
+                found = "none" if z_i is None else f"one of {z_i.shape[-1]}"
+                raise InputError(f"this decoder needs a CLIP embedding of {self.embed_dim} numbers, not {found}")
+            z_i = z_i * self.clip_scale
+            if drop_clip is not None:
+                null = self.null_embedding if self.null_clip == "learned" else jnp.zeros((), z_i.dtype)
+                z_i = jnp.where(drop_clip[:, None], null, z_i)
+            embs.append(self.clip_emb(z_i))
+            if self.clip_tokens:
+                contexts.append(self.clip_context(z_i).reshape(z_i.shape[0], self.clip_tokens, -1))
+        emb = sum((part.astype(jnp.float32) for part in embs), start=jnp.zeros((), jnp.float32))
+        return Conditioning(emb if embs else None, jnp.concatenate(contexts, 1) if contexts else None)
+
+    def denoise(
+        self,
+        x_t: Float[Array, "b h w c"],
+        t: Int[Array, "b"],
+        conditioning: Conditioning,
+        deterministic: bool = True,
+    ) -> Float[Array, "b h w o"]:
+        """Applies the U-Net: float32 predictions [b, h, w, 2c] for images `x_t` at timesteps `t`."""
+        return self.network(x_t, t, conditioning.emb, conditioning.context, deterministic)
+
+    def __call__(
+        self,
+        x_t: Float[Array, "b h w c"],
+        t: Int[Array, "b"],
+        tokens: Int[Array, "b n"] | None,
+        z_i: Float[Array, "b d"] | None,
+        drop_text: Bool[Array, "b"] | None = None,
+        drop_clip: Bool[Array, "b"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "b h w o"]:
+        """`denoise` under `condition`: what training calls."""
+        return self.denoise(x_t, t, self.condition(tokens, z_i, drop_text, drop_clip), deterministic)
