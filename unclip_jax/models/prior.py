@@ -17,6 +17,7 @@ from unclip_jax.models.layers import (
     dense,
     embedding,
     empty_cache,
+    empty_caption,
     layer_norm,
     learned,
     timestep_embedding,
@@ -34,8 +35,8 @@ class DiffusionPrior(nn.Module):
     once: `prefix`, then `denoise` at every step.
 
     Positions after the caption's end hold one learned padding embedding. Dropping the condition (10% in the
-    paper) puts that padding in every caption position and a learned embedding in the place of z_t's projection;
-    the noised z_i is never dropped.
+    paper) reads the empty caption, and a learned embedding in the place of z_t's projection; the noised z_i is
+    never dropped.
 
     Attributes:
       embed_dim: dimensions of z_i and z_t.
@@ -74,13 +75,13 @@ class DiffusionPrior(nn.Module):
     def _prefix_tokens(self, tokens: Tokens, z_t: Embeddings, drop: Bool[Array, "b"] | None) -> Float[Array, "b m w"]:
         if tokens.shape[1] != self.context_length:
             raise InputError(f"the prior reads captions of {self.context_length} tokens, not {tokens.shape[1]}")
-        shown = valid_tokens(tokens, eot=self.vocab_size - 1)
         z = self.text_embedding(z_t)
         if drop is not None:
-            shown = shown & ~drop[:, None]
+            tokens = jnp.where(drop[:, None], empty_caption(self.context_length, self.vocab_size), tokens)
             z = jnp.where(drop[:, None], self.null_text_embedding.astype(z.dtype), z)
         caption = self.tokens(tokens)
-        caption = jnp.where(shown[..., None], caption, self.padding.astype(caption.dtype))
+        valid = valid_tokens(tokens, eot=self.vocab_size - 1)
+        caption = jnp.where(valid[..., None], caption, self.padding.astype(caption.dtype))
         x = jnp.concatenate([caption, z[:, None]], 1)
         return x + self.positions[:-_NOISY].astype(x.dtype)
 
