@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -18,6 +19,9 @@ from jaxtyping import Int32
 from unclip_jax.data import captions as captions_lib
 from unclip_jax.data.vocabulary import training as vocabulary_training
 from unclip_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _START, _END = vocabulary_training.SPECIALS
 
@@ -64,6 +68,7 @@ class Tokenizer:
         self.digest = _digest(symbols, merges)
         if vocabulary == "tiny" and self.digest != _TINY_DIGEST:
             raise InputError("the vocabulary 'tiny' of this installation is damaged: install unclip_jax again")
+        self._vocabulary = vocabulary
         self._clip = _clip_tokenizer(symbols, merges)
         answers = _TINY_ANSWERS if vocabulary == "tiny" else _KNOWN_ANSWERS.get(self.vocab_size, ())
         for caption, expected in answers:
@@ -99,23 +104,32 @@ class Tokenizer:
                 break
             if number != self.sot:
                 words.append(int(number))
-        return self._clip.decode(words, clean_up_tokenization_spaces=False)
+        return self._clip.decode(words, skip_special_tokens=False)
 
     def _words(self, captions: Sequence[str]) -> list[list[int]]:
         """Returns each cleaned caption's ids, without SOT and EOT."""
         if not captions:
             return []
         cleaned = [captions_lib.clean(caption) for caption in captions]
-        return self._clip(cleaned, add_special_tokens=False, split_special_tokens=True).input_ids
+        # The Rust tokenizer itself, not the Python call around it, which sets truncation and padding anew at every call
+        # and so fails ("already borrowed") when loader threads share it.
+        return [encoded.ids for encoded in self._clip.encode_batch_fast(cleaned, add_special_tokens=False)]
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
+        # Loader processes read and check the vocabulary themselves.
+        return Tokenizer, (self._vocabulary,)
 
 
-def _clip_tokenizer(symbols: dict[str, int], merges: Merges):
+def _clip_tokenizer(symbols: dict[str, int], merges: Any) -> "tokenizers.Tokenizer":
     # Late, as it costs a second; and never online: a vocabulary is a file that is here.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
-    return transformers.CLIPTokenizer(vocab=symbols, merges=merges)
+    backend = transformers.CLIPTokenizer(vocab=symbols, merges=merges).backend_tokenizer
+    # "<|endoftext|>" in a caption is text.
+    backend.encode_special_tokens = True
+    return backend
 
 
 def _read(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:

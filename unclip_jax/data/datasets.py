@@ -1,0 +1,120 @@
+"""The data sets that a config can name, and how any prepared data set is opened.
+
+Each module below has `prepare(*, data_dir, variant) -> directory`: it writes a TFDS builder as ArrayRecord, unless it
+is there. A directory made by `python -m unclip_jax.prepare` from a user's own images is opened the same way. Reading
+imports neither TensorFlow nor torch.
+"""
+
+import hashlib
+import importlib
+import json
+from typing import Any
+
+from etils import epath
+
+from unclip_jax.data.examples import Source
+from unclip_jax.errors import InputError, nearest
+
+# Imported only when asked for: emoji wants a font, and writing wants TensorFlow.
+DATASETS = {
+    "captioned_shapes": "unclip_jax.data.captioned_shapes",
+    "emoji": "unclip_jax.data.emoji",
+}
+
+REQUIRED_FEATURES = ("image", "caption", "id")
+# Bytes at either end of a shard that the fingerprint reads.
+_SAMPLE = 1 << 16
+
+
+def prepare(name: str, *, data_dir: str, variant: str) -> str:
+    """Writes a data set below `data_dir`, unless it is there, and returns the builder's directory.
+
+    Raises:
+      InputError: unknown name or variant, or what the data set needs (such as a font) is missing.
+    """
+    if name not in DATASETS:
+        raise InputError(f"no data set {name!r}; {nearest(name, DATASETS)}")
+    return importlib.import_module(DATASETS[name]).prepare(data_dir=data_dir, variant=variant)
+
+
+def open_source(directory: str, split: str) -> Source:
+    """Opens a split of a prepared data set for random access.
+
+    Args:
+      directory: of a TFDS builder (it holds `dataset_info.json`), local or remote.
+      split: its name, or a TFDS slice such as "train[:100]".
+
+    Returns:
+      Records with `image` (encoded bytes), `caption` (UTF-8 bytes), `id` and whatever else the data set keeps.
+
+    Raises:
+      InputError: no such directory, no such split, no examples, or not this project's kind of record.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(directory)
+    lacking = [feature for feature in REQUIRED_FEATURES if feature not in builder.info.features]
+    if lacking:
+        has = ", ".join(builder.info.features)
+        raise InputError(f"records in {directory!r} lack {', '.join(lacking)}; they have {has}")
+    _check_split(builder, directory, split)
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (NotImplementedError, ValueError, OSError) as error:
+        raise InputError(f"split {split!r} in {directory!r} cannot be opened: {error}") from error
+
+
+def fingerprint(directory: str, split: str) -> dict[str, Any]:
+    """Returns what tells this data from other data, for the checkpoint: name, version, split, examples and a digest.
+
+    The digest covers the builder's description, the names and sizes of the split's shards and 64 kB at both ends of
+    each: cheap, and other data hardly passes for the same.
+    """
+    builder = _builder(directory)
+    _check_split(builder, directory, split)
+    base = split.partition("[")[0]
+    files = sorted(str(path) for path in builder.info.splits[base].filepaths)
+    digest = hashlib.sha256()
+    digest.update(json.dumps(builder.info.features.to_json(), sort_keys=True).encode())
+    digest.update(json.dumps(list(builder.info.splits[base].shard_lengths)).encode())
+    for file in map(epath.Path, files):
+        size = file.stat().length
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as shard:
+            digest.update(shard.read(_SAMPLE))
+            shard.seek(max(0, size - _SAMPLE))
+            digest.update(shard.read(_SAMPLE))
+    return {
+        "name": builder.info.full_name,
+        "version": str(builder.info.version),
+        "split": split,
+        "examples": builder.info.splits[split].num_examples,
+        "digest": digest.hexdigest(),
+    }
+
+
+def _builder(directory: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    if not (epath.Path(directory) / "dataset_info.json").exists():
+        raise InputError(
+            f"{directory!r} holds no prepared data set (no dataset_info.json): prepare it first, "
+            f"or name one of {', '.join(sorted(DATASETS))}"
+        )
+    try:
+        return tfds.builder_from_directory(directory)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"the data set description in {directory!r} cannot be read: {error}") from error
+
+
+def _check_split(builder: Any, directory: str, split: str) -> None:
+    splits = builder.info.splits
+    name = split.partition("[")[0]
+    if name not in splits:
+        raise InputError(f"{directory!r} has no split {name!r}; {nearest(name, splits) if splits else 'it has none'}")
+    try:
+        count = splits[split].num_examples
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{split!r} is no part of a split of {directory!r}: {error}") from error
+    if not count:
+        raise InputError(f"split {split!r} in {directory!r} is empty")

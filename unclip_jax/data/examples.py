@@ -1,0 +1,291 @@
+"""From records to the fields of a batch: decode, crop, resize, degrade, tokenize.
+
+What an example looks like is a function of (seed, epoch, example index) only, so it does not matter which process,
+thread or host makes it, nor what was made before. `Examples` decodes at every use; `CachedExamples` decodes once and
+keeps pixels and tokens in memory, with the same result.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from unclip_jax.data import degradations, images, resize
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.errors import InputError, nearest
+
+IMAGE_FIELDS = ("image", "clip_image", "low_res")
+TOKEN_FIELDS = ("tokens", "clip_tokens")
+FIELDS = (*IMAGE_FIELDS, *TOKEN_FIELDS, "id")
+
+# A bad example is replaced by another; if that many in a row are bad, the data set is.
+_REPLACEMENTS = 64
+_MAX_CACHE_BYTES = 4 << 30
+
+Fields = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Random access to records that hold `image` (encoded bytes), `caption` (text) and `id`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is done to each example.
+
+    Attributes:
+      shapes: field -> shape of one example, without the batch dimension.
+      seed: seed of crops, flips and degradations.
+      resize: filter for shrinking ("area" or "bicubic").
+      crop: `image` is a random window out of an image of size / crop pixels a side; 1 is the whole image. The paper's
+        upsamplers train at 0.25 (Table 3).
+      flip: probability of mirroring left and right, for data without "left of" in its captions.
+      degradation: what `low_res` suffers, a key of `degradations.DEGRADATIONS`.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    seed: int
+    resize: str = "area"
+    crop: float = 1.0
+    flip: float = 0.0
+    degradation: str = "none"
+
+    def __post_init__(self):
+        for field, shape in self.shapes.items():
+            if field not in FIELDS:
+                raise InputError(f"the batch has a field {field!r} that no data set fills; {nearest(field, FIELDS)}")
+            if field in IMAGE_FIELDS and not (len(shape) == 3 and shape[0] == shape[1] and shape[2] == 3):
+                raise InputError(f"field {field!r} has shape {shape} an example, but must be square RGB, (s, s, 3)")
+        resize.check_filter(self.resize)
+        degradations.named(self.degradation)
+        if not 0.0 < self.crop <= 1.0:
+            raise InputError(f"crop is {self.crop}; it is a fraction of the image's side, above 0 and up to 1")
+        if not 0.0 <= self.flip <= 1.0:
+            raise InputError(f"flip is {self.flip}; it is a probability, from 0 to 1")
+        if "low_res" in self.shapes and self.size("image") < self.size("low_res"):
+            raise InputError(f"low_res ({self.size('low_res')}) needs an image of its size or larger")
+
+    def size(self, field: str) -> int:
+        """Pixels a side of an image field; 0 if the batch lacks it."""
+        return self.shapes[field][0] if field in self.shapes else 0
+
+    @property
+    def full_size(self) -> int:
+        """Pixels a side of the image that `image` is cropped from."""
+        return round(self.size("image") / self.crop)
+
+    @property
+    def draws(self) -> bool:
+        """Whether any image field but `clip_image` differs from epoch to epoch."""
+        noisy = "low_res" in self.shapes and degradations.named(self.degradation).draws != "nothing"
+        return self.crop < 1.0 or self.flip > 0.0 or noisy
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """An example that cannot be used: its index, its own id, and why."""
+
+    index: int
+    name: str
+    reason: str
+
+
+class Examples:
+    """Makes the fields of examples out of records."""
+
+    def __init__(self, source: Source, *, preparation: Preparation, tokenizer: Tokenizer | None):
+        if len(source) == 0:
+            raise InputError("the data set is empty: there is no example to read")
+        if tokenizer is None and any(field in preparation.shapes for field in TOKEN_FIELDS):
+            raise InputError("the batch has tokens but no tokenizer was given")
+        self.source = source
+        self.preparation = preparation
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, positions: Sequence[tuple[int, int]]) -> tuple[Fields | None, list[Bad]]:
+        """Makes a batch of (epoch, example index) pairs, replacing bad examples.
+
+        Returns:
+          (fields, bad examples met); fields is None if no replacement was found either.
+        """
+        bad: list[Bad] = []
+        chosen = []
+        for epoch, index in positions:
+            good = self._first_good(index, bad)
+            if good is None:
+                return None, bad
+            chosen.append((epoch, *good))
+        return self._collate(chosen), bad
+
+    def batch_as_is(self, indices: Sequence[int]) -> tuple[Fields, list[Bad]]:
+        """Makes a batch of example indices with a bool field `mask`, False (and zeros) where an example is bad."""
+        bad: list[Bad] = []
+        good = [(0, index, base) for index in indices if (base := self._load(index, bad)) is not None]
+        kept = {index for _, index, _ in good}
+        mask = np.array([index in kept for index in indices], bool)
+        made = self._collate(good)
+        fields = {name: np.zeros((len(indices), *values.shape[1:]), values.dtype) for name, values in made.items()}
+        for name, values in made.items():
+            fields[name][mask] = values
+        return {**fields, "mask": mask}, bad
+
+    def _first_good(self, index: int, bad: list[Bad]) -> tuple[int, Any] | None:
+        # A function of the index alone, so that a resumed run replaces by the same example.
+        for candidate in _with_replacements(index, len(self)):
+            base = self._load(candidate, bad)
+            if base is not None:
+                return candidate, base
+        return None
+
+    def _load(self, index: int, bad: list[Bad]) -> dict[str, Any] | None:
+        """Returns what does not change from epoch to epoch, or notes why there is nothing."""
+        record = self.source[index]
+        try:
+            return {**self._still_images(record), "caption": _text(record["caption"])}
+        except InputError as error:
+            bad.append(Bad(index, _text(record["id"]), str(error)))
+            return None
+
+    def _still_images(self, record: Mapping[str, Any]) -> Fields:
+        todo = self.preparation
+        if not any(field in todo.shapes for field in IMAGE_FIELDS):
+            return {}
+        decoded = images.decode(record["image"])
+        made = {}
+        if "image" in todo.shapes:
+            made["image"] = resize.square(decoded, size=todo.full_size, method=todo.resize)
+        if "clip_image" in todo.shapes:
+            made["clip_image"] = resize.square(decoded, size=todo.size("clip_image"), method=todo.resize)
+        if "low_res" in todo.shapes and not todo.draws:
+            made["low_res"] = self._low_res(made["image"], np.random.default_rng(0))
+        return made
+
+    def _low_res(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        todo = self.preparation
+        small = resize.square(image, size=todo.size("low_res"), method=todo.resize)
+        return degradations.named(todo.degradation).apply(small, rng)
+
+    def _moving_images(self, still: Fields, epoch: int, index: int) -> Fields:
+        """Applies what is drawn anew for each epoch: window, mirroring and noise."""
+        todo = self.preparation
+        if not todo.draws:
+            return still
+        rng = np.random.default_rng((todo.seed, epoch, index))
+        made = dict(still)
+        if todo.crop < 1.0:
+            made["image"] = resize.random_crop(still["image"], size=todo.size("image"), rng=rng)
+        if todo.flip > 0.0 and rng.random() < todo.flip:
+            made = {name: pixels[:, ::-1] for name, pixels in made.items()}
+        if "low_res" in todo.shapes:
+            made["low_res"] = self._low_res(np.ascontiguousarray(made["image"]), rng)
+        return made
+
+    def _collate(self, chosen: Sequence[tuple[int, int, dict[str, Any]]]) -> Fields:
+        """Stacks (epoch, example index, loaded example) into the fields of the batch, in the order of the spec."""
+        shapes = self.preparation.shapes
+        captions = [base["caption"] for _, _, base in chosen]
+        pixels = [
+            self._moving_images({name: base[name] for name in IMAGE_FIELDS if name in base}, epoch, index)
+            for epoch, index, base in chosen
+        ]
+        fields: Fields = {}
+        for name, shape in shapes.items():
+            if name == "id":
+                fields[name] = np.array([index for _, index, _ in chosen], np.uint32)
+            elif name in TOKEN_FIELDS:
+                assert self.tokenizer is not None
+                fields[name] = self.tokenizer.encode(captions, shape[0])
+            else:
+                stacked = np.empty((len(chosen), *shape), np.uint8)
+                for row, made in zip(stacked, pixels, strict=True):
+                    row[...] = made[name]
+                fields[name] = stacked
+        return fields
+
+
+class CachedExamples(Examples):
+    """Examples kept in memory as pixels and tokens: for data sets of a few thousand small images."""
+
+    def __init__(self, source: Source, *, preparation: Preparation, tokenizer: Tokenizer | None):
+        super().__init__(source, preparation=preparation, tokenizer=tokenizer)
+        self._bad: dict[int, Bad] = {}
+        self._kept = self._allocate()
+        captions = [""] * len(source)
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for index, (base, bad) in enumerate(pool.map(self._load_one, range(len(source)))):
+                self._bad.update({one.index: one for one in bad})
+                if base is not None:
+                    captions[index] = base.pop("caption")
+                    for name, pixels in base.items():
+                        self._kept[name][index] = pixels
+        for name in TOKEN_FIELDS:
+            if name in preparation.shapes and tokenizer is not None:
+                self._kept[name] = tokenizer.encode(captions, preparation.shapes[name][0])
+        size = sum(values.nbytes for values in self._kept.values())
+        logging.info("%d examples are kept in memory: %.1f MB", len(source), size / 1e6)
+
+    def _allocate(self) -> Fields:
+        todo = self.preparation
+        sizes = {name: todo.size(name) for name in ("image", "clip_image") if name in todo.shapes}
+        if "image" in sizes:
+            sizes["image"] = todo.full_size
+        if "low_res" in todo.shapes and not todo.draws:
+            sizes["low_res"] = todo.size("low_res")
+        needed = len(self.source) * sum(3 * side * side for side in sizes.values())
+        if needed > _MAX_CACHE_BYTES:
+            raise InputError(
+                f"to keep {len(self.source)} examples in memory takes {needed / 2**30:.1f} GiB of at most "
+                f"{_MAX_CACHE_BYTES >> 30}: use cache='none' with workers"
+            )
+        return {name: np.zeros((len(self.source), side, side, 3), np.uint8) for name, side in sizes.items()}
+
+    def _load_one(self, index: int) -> tuple[dict[str, Any] | None, list[Bad]]:
+        bad: list[Bad] = []
+        return super()._load(index, bad), bad
+
+    def _load(self, index: int, bad: list[Bad]) -> dict[str, Any] | None:
+        if index in self._bad:
+            bad.append(self._bad[index])
+            return None
+        return {}
+
+    def _collate(self, chosen: Sequence[tuple[int, int, dict[str, Any]]]) -> Fields:
+        rows = np.array([index for _, index, _ in chosen], np.int64)
+        shapes = self.preparation.shapes
+        if not self.preparation.draws:
+            return {name: rows.astype(np.uint32) if name == "id" else self._kept[name][rows] for name in shapes}
+        moved = [
+            self._moving_images(
+                {name: kept[index] for name, kept in self._kept.items() if name in IMAGE_FIELDS}, epoch, index
+            )
+            for epoch, index, _ in chosen
+        ]
+        fields: Fields = {}
+        for name, shape in shapes.items():
+            if name in IMAGE_FIELDS:
+                fields[name] = np.array([made[name] for made in moved], np.uint8).reshape(len(chosen), *shape)
+            else:
+                fields[name] = rows.astype(np.uint32) if name == "id" else self._kept[name][rows]
+        return fields
+
+
+def _with_replacements(index: int, count: int) -> Iterator[int]:
+    yield index
+    rng = np.random.default_rng(index)
+    for _ in range(_REPLACEMENTS):
+        yield int(rng.integers(count))
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
