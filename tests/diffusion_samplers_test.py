@@ -95,7 +95,7 @@ def test_every_sampler_nears_the_data_with_many_steps(monkeypatch, method, toler
 
 
 @pytest.mark.parametrize("method", list(samplers.METHODS))
-@pytest.mark.parametrize("timesteps", [1, 2, 3, 10, "fast27"])
+@pytest.mark.parametrize("timesteps", [1, 3, "fast27"])
 def test_n_timesteps_are_n_calls_at_original_timesteps_and_end_at_zero_noise(method, timesteps):
     process = process_of()
     seen = []
