@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _MAX_CACHE_BYTES = 4 << 30
 Fields = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to records that hold `image` (encoded bytes), `caption` (text) and `id`."""
 

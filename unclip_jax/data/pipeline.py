@@ -1,12 +1,11 @@
 """Batches in an order that is a function of (seed, step, host): the whole state of the input is one integer, the step.
 
-The endless stream of examples is one shuffle of the data set after another (Grain's, a function of seed and epoch).
+The endless stream of examples is one shuffle of the data set after another, each a function of seed and epoch.
 Global batch `step` is positions [step * G, (step + 1) * G) of that stream, and host h of P reads the h-th of P equal
 runs of it; so the hosts' batches laid end to end are the same global batch for every P, and neither the number of
 workers nor where a run was stopped can change it.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from unclip_jax.data import order
 from unclip_jax.data.examples import Bad, CachedExamples, Examples, Fields, Preparation, Source
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
@@ -131,7 +131,7 @@ def training_batches(
     make = CachedExamples if cache == "memory" else Examples
     examples = make(source, preparation=preparation, tokenizer=tokenizer)
     make_batch = _TrainingBatch(
-        examples, order=_order(len(examples), seed), size=local, first=host_index * local, stride=batch_size
+        examples, seed=seed, size=local, first=host_index * local, stride=batch_size
     )
     batches = grain.MapDataset.range(start_step, _NO_LAST_STEP).map(make_batch)
     reading = _read_ahead(batches, workers=workers, threads=threads)
@@ -179,36 +179,22 @@ def evaluation_batches(
     return Batches(reading, examples=count, max_bad_fraction=max_bad_fraction)
 
 
-def order_digest() -> str:
-    """Returns a digest of a known shuffle: a run can only be resumed exactly where it is unchanged.
-
-    Grain has changed its shuffle between versions; keep this with the checkpoint.
-    """
-    stream = _order(1000, 0)
-    return hashlib.sha256(json.dumps([int(stream[place]) for place in range(0, 3000, 7)]).encode()).hexdigest()
-
-
-def _order(count: int, seed: int) -> grain.MapDataset:
-    """The endless stream of example indices: position -> index, in any order and at no cost for far positions."""
-    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-
-
 # Classes, not closures: they travel to worker processes.
 class _TrainingBatch:
     """Maps a step to this host's batch of it."""
 
-    def __init__(self, examples: Examples, *, order: grain.MapDataset, size: int, first: int, stride: int):
+    def __init__(self, examples: Examples, *, seed: int, size: int, first: int, stride: int):
         self.examples = examples
-        self.order = order
+        self.seed = seed
         self.size = size
         self.first = first
         self.stride = stride
 
     def __call__(self, step: int) -> tuple[Fields, str]:
         begin = step * self.stride + self.first
-        positions = range(begin, begin + self.size)
-        chosen = [(position // len(self.examples), int(self.order[position])) for position in positions]
-        fields, bad = self.examples.batch(chosen)
+        positions = np.arange(begin, begin + self.size, dtype=np.int64)
+        epochs, indices = order.shuffled(positions, count=len(self.examples), seed=self.seed)
+        fields, bad = self.examples.batch(list(zip(epochs.tolist(), indices.tolist(), strict=True)))
         return fields or {}, _as_json(bad)
 
 
