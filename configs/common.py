@@ -1,0 +1,148 @@
+"""What the configs of all stages share. Strings and numbers only: a config names things, it never builds them."""
+
+import difflib
+from collections.abc import Callable
+
+from ml_collections import ConfigDict, config_dict
+
+
+def choose(variant: str, variants: dict[str, Callable[[], ConfigDict]]) -> ConfigDict:
+    """Returns the locked config of a variant; an unknown one is an error that names the nearest."""
+    if variant not in variants:
+        near = difflib.get_close_matches(variant, variants, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(variants)}"
+        raise ValueError(f"there is no variant {variant!r}; {hint}")
+    config = variants[variant]()
+    _place(config)
+    return config.lock()
+
+
+def _place(section: ConfigDict) -> None:
+    """Gives every None a type, so that the command line can set it."""
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            _place(value)
+        elif value is None:
+            section[key] = config_dict.placeholder(int if key.endswith(("_steps", "_examples")) else float)
+
+
+def durations(**given: int | float) -> dict:
+    """Expands `every_steps=50` to all three units of the duration, of which one is set."""
+    keys = {}
+    for name, value in given.items():
+        stem = name.rsplit("_", 1)[0]
+        for key in (f"{stem}_steps", f"{stem}_examples", f"{stem}_percent"):
+            keys[key] = value if key == name else None
+    return keys
+
+
+def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
+    """The keys that every stage has, with defaults that suit a pod; variants change what they must."""
+    return ConfigDict(
+        {
+            "stage": stage,
+            "seed": 0,
+            "batch_size": batch_size,
+            "dtype": "auto",
+            "max_nonfinite_steps": 20,
+            **durations(total_steps=steps),
+            "data": {
+                "dataset": "captioned_shapes",
+                "variant": "tiny",
+                "data_dir": "~/unclip_data",
+                "split": "train",
+                "eval_split": "validation",
+                "vocabulary": "tiny",
+                "workers": 8,
+                "cache": False,
+                "flip": False,
+                "degradation": "none",
+                "crop_fraction": 1.0,
+                "max_bad_percent": 1.0,
+            },
+            "optim": {
+                "learning_rate": 1e-4,
+                "schedule": "constant",
+                "final_fraction": 0.0,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "decay": "matrices",
+                "grad_clip": 1.0,
+                "accumulation": 1,
+                "ema_decay": 0.9999,
+                "ema_warmup": False,
+                **durations(warmup_steps=1000),
+            },
+            "mesh": {"data": -1, "fsdp": 1, "model": 1},
+            # Logical axes of weights -> mesh axes; what is not named is replicated.
+            "sharding": (
+                ("embed", "fsdp"),
+                ("mlp", "model"),
+                ("heads", "model"),
+                ("vocab", "model"),
+                ("conv_in", "fsdp"),
+                ("conv_out", "model"),
+            ),
+            "checkpoint": {**durations(every_steps=1000), "keep": 3},
+            "log": {**durations(every_steps=100), "tensorboard": True, "profile_start": 0, "profile_steps": 0},
+            "evaluation": {**durations(every_steps=5000), "evaluators": ("loss",), "examples": 1024, "batch_size": 64},
+        }
+    )
+
+
+def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
+    """Makes a config run in minutes on two cores: everything in memory, no TensorBoard, quick warm-up."""
+    config.data.dataset = "emoji" if emoji else "captioned_shapes"
+    config.data.cache = True
+    config.data.workers = 0
+    config.optim.update(durations(warmup_percent=5.0))
+    config.optim.update({"schedule": "cosine", "ema_decay": 0.995, "ema_warmup": True})
+    config.checkpoint.update({**durations(every_percent=20.0), "keep": 2})
+    config.log.update({**durations(every_percent=2.0), "tensorboard": False})
+    config.evaluation.update({**durations(every_percent=50.0), "examples": 64, "batch_size": 64})
+    return config
+
+
+def clip_tiny(*, emoji: bool) -> dict:
+    """The CLIP of the laptop configs; the stages after it must name the same one."""
+    return {
+        "image_size": 32,
+        "patch_size": 8 if not emoji else 4,
+        "vision_width": 128,
+        "vision_depth": 3,
+        "vision_heads": 4,
+        "context_length": 24,
+        "vocab_size": 2048,
+        "text_width": 128,
+        "text_depth": 2,
+        "text_heads": 4,
+        "embed_dim": 64,
+        "activation": "gelu",
+        "remat": False,
+    }
+
+
+def text_tiny() -> dict:
+    """The caption encoder of the laptop configs."""
+    return {
+        "context_length": 24,
+        "vocab_size": 2048,
+        "width": 128,
+        "depth": 2,
+        "heads": 4,
+        "activation": "gelu",
+        "remat": False,
+    }
+
+
+def diffusion(*, prediction: str = "eps", variance: str = "learned_range", schedule: str = "cosine") -> dict:
+    """The process of Table 3: 1,000 steps; pixels and predictions clipped to [-1, 1]."""
+    return {
+        "schedule": schedule,
+        "num_timesteps": 1000,
+        "prediction": prediction,
+        "variance": variance,
+        "clip_x_start": 1.0,
+    }

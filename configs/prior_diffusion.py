@@ -1,0 +1,27 @@
+"""The diffusion prior: caption -> z_i.
+
+    python -m unclip_jax.train --config=configs/prior_diffusion.py:tiny --workdir=runs/prior_diffusion \
+        --config.frozen.clip=runs/clip
+"""
+
+from configs import common
+
+
+def _laptop(emoji):
+    config = common.base(stage="prior_diffusion", batch_size=256, steps=800 if not emoji else 4000)
+    common.laptop(config, emoji=emoji)
+    config.frozen = {"clip": ""}
+    config.clip = common.clip_tiny(emoji=emoji)
+    config.model = {**common.text_tiny(), "embed_dim": 64, "width": 128, "depth": 4}
+    config.embedding_scale = 4.3  # 17.2 * sqrt(64 / 1024): unit vectors with coordinates of variance 0.289
+    config.drop = {"text": 0.1}
+    config.diffusion = {**common.diffusion(prediction="x_start", variance="fixed_small"), "clip_x_start": None}
+    config.sampling = {"method": "ddpm", "timesteps": "32", "guidance_scale": 1.0, "eta": 0.0, "candidates": 2}
+    config.optim.update({"learning_rate": 1e-3, "weight_decay": 6e-2, "beta2": 0.96, "eps": 1e-6})
+    config.evaluation.update({"evaluators": ("loss", "embedding"), "examples": 256, "batch_size": 256})
+    return config
+
+
+def get_config(variant="tiny"):
+    """Returns the config of a variant."""
+    return common.choose(variant, {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True)})

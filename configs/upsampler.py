@@ -1,0 +1,44 @@
+"""The upsamplers: a low-resolution image -> a larger one. Two variants of each size, first and second of the cascade.
+
+    python -m unclip_jax.train --config=configs/upsampler.py:tiny_1 --workdir=runs/upsampler_1
+"""
+
+from configs import common
+
+
+def _laptop(emoji, second):
+    config = common.base(stage="upsampler", batch_size=32, steps=4000 if emoji else 1000)
+    common.laptop(config, emoji=emoji)
+    low = (32 if emoji else 16) * (2 if second else 1)
+    config.unet = {
+        "in_channels": 6,
+        "out_channels": 6,
+        "channels": 32,
+        "channel_mult": (1, 2),
+        "depth": 1,
+        "attention_resolutions": (),
+        "image_size": 2 * low,
+        "head_channels": 32,
+        "dropout": 0.0,
+        "scale_shift": "film",
+        "remat": False,
+    }
+    config.low_res_size = low
+    config.data.degradation = "gaussian_blur"
+    config.data.crop_fraction = 0.5 if second else 1.0
+    config.diffusion = common.diffusion()
+    config.sampling = {"method": "ddim", "timesteps": "12", "guidance_scale": 1.0, "eta": 0.0, "temperature": 1.0}
+    config.optim.update({"learning_rate": 1e-3})
+    config.evaluation.evaluators = ("loss", "pictures")
+    return config
+
+
+def get_config(variant="tiny_1"):
+    """Returns the config of a variant."""
+    variants = {
+        "tiny_1": lambda: _laptop(False, False),
+        "tiny_2": lambda: _laptop(False, True),
+        "emoji_1": lambda: _laptop(True, False),
+        "emoji_2": lambda: _laptop(True, True),
+    }
+    return common.choose(variant, variants)

@@ -1,0 +1,166 @@
+"""What a stage is, the table of stages, and the few pieces that several of them use.
+
+A stage is a handful of pure functions of `(params, frozen, batch, rng)`. The loop, the mesh, the optimizer, the
+checkpoint, the planner and the evaluation job call these and do not know which stage they run.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from ml_collections import ConfigDict
+
+from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens, from_uint8
+from unclip_jax.errors import InputError, nearest
+from unclip_jax.models.clip import CLIP
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+# A metric is a scalar, or (sum, count) where the mean over several steps must be weighted.
+Metrics = dict[str, Any]
+Predict = Callable[[Params, Any, Batch, jax.Array], Any]
+
+# One line a stage: its name -> the module and class that make it.
+TABLE = {
+    "clip": ("unclip_jax.stages.clip", "CLIPStage"),
+    "prior_ar": ("unclip_jax.stages.prior_ar", "ARPriorStage"),
+    "prior_diffusion": ("unclip_jax.stages.prior_diffusion", "DiffusionPriorStage"),
+    "decoder": ("unclip_jax.stages.decoder", "DecoderStage"),
+    "upsampler": ("unclip_jax.stages.upsampler", "UpsamplerStage"),
+}
+
+
+class Stage(Protocol):
+    """The contract between a stage and everything that drives it.
+
+    Attributes:
+      splits_batch: whether the loss of a batch is the mean over its parts, so that gradients can be accumulated.
+      vocab_size: of the token fields in its batches (0 if there are none).
+    """
+
+    splits_batch: bool
+    vocab_size: int
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one global batch."""
+
+    def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """What each of `predict_fns` reads of a batch."""
+
+    def init(self, rng: Key[Array, ""]) -> Params:
+        """Weights, boxed with logical axis names."""
+
+    def init_frozen(self, rng: Key[Array, ""]) -> dict[str, Any]:
+        """What the loss needs and never changes: other networks by name, and "statistics" measured of the data."""
+
+    def fit_statistics(self, frozen: Any, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Measures `frozen["statistics"]` before the first step; {} for a stage that has none."""
+
+    def loss(
+        self, params: Params, frozen: Any, batch: Batch, rng: Key[Array, ""], *, train: bool
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Scalar float32 loss, and metrics. With `train` False nothing is dropped out."""
+
+    def predict_fns(self) -> dict[str, Predict]:
+        """Named functions of (params, frozen, batch, rng) that evaluators and samplers call."""
+
+
+def create(config: ConfigDict) -> Stage:
+    """Returns the stage that `config.stage` names.
+
+    Raises:
+      InputError: there is no such stage, or its config does not make a network.
+    """
+    if config.stage not in TABLE:
+        raise InputError(f"config.stage={config.stage!r} is not a stage; {nearest(config.stage, TABLE)}")
+    module, name = TABLE[config.stage]
+    return getattr(importlib.import_module(module), name)(config)
+
+
+def compute_dtype(config: ConfigDict) -> jnp.dtype:
+    """Returns the dtype of matrix products: "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if config.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    if config.dtype not in known:
+        raise InputError(f"config.dtype={config.dtype!r} is unknown; {nearest(config.dtype, [*known, 'auto'])}")
+    return jnp.dtype(known[config.dtype])
+
+
+def network(make: Callable[..., nn.Module], fields: Mapping[str, Any], dtype: jnp.dtype, *, where: str) -> nn.Module:
+    """Returns `make(**fields, dtype=dtype)`; a field that the network does not have is an InputError."""
+    known = getattr(make, "__dataclass_fields__", {})
+    plain = fields.to_dict() if isinstance(fields, ConfigDict) else dict(fields)
+    for field in plain:
+        if field not in known:
+            raise InputError(f"{where}.{field} is not a field of {make.__name__}; {nearest(field, known)}")
+    return make(**plain, dtype=dtype)
+
+
+def clip_network(config: ConfigDict) -> CLIP:
+    """Returns the frozen CLIP that `config.clip` describes. It runs in float32: it is the data of the other stages."""
+    return network(CLIP, config.clip, jnp.dtype(jnp.float32), where="config.clip")
+
+
+def pixels(batch_size: int, side: int) -> jax.ShapeDtypeStruct:
+    """Spec of a field of square RGB images, uint8 [0, 255]."""
+    return jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8)
+
+
+def token_ids(batch_size: int, length: int) -> jax.ShapeDtypeStruct:
+    """Spec of a field of captions as token ids."""
+    return jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+
+
+def vectors(batch_size: int, width: int) -> jax.ShapeDtypeStruct:
+    """Spec of a field of embeddings."""
+    return jax.ShapeDtypeStruct((batch_size, width), jnp.float32)
+
+
+def ids(batch_size: int) -> jax.ShapeDtypeStruct:
+    """Spec of the field that numbers examples."""
+    return jax.ShapeDtypeStruct((batch_size,), jnp.uint32)
+
+
+def normalize(z: Embeddings) -> Embeddings:
+    """Scales embeddings to length 1, in float32."""
+    z = z.astype(jnp.float32)
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), -1, keepdims=True), 1e-12))
+
+
+def embed_images(clip: CLIP, params: Params, images: UInt8[Array, "b h w 3"]) -> Embeddings:
+    """Returns z_i: normalised CLIP image embeddings of uint8 images, without gradient."""
+    z_i = clip.apply(params, from_uint8(images), method="encode_image")
+    return jax.lax.stop_gradient(normalize(z_i))
+
+
+def embed_tokens(clip: CLIP, params: Params, tokens: Tokens) -> Embeddings:
+    """Returns z_t: normalised CLIP text embeddings, without gradient."""
+    return jax.lax.stop_gradient(normalize(clip.apply(params, tokens, method="encode_text")))
+
+
+def example_keys(rng: Key[Array, ""], batch: Batch) -> ExampleKeys:
+    """One key per example, from its `id`: an image is the same whatever batch it is made in."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, batch["id"])
+
+
+def drop(rng: Key[Array, ""], rate: float, batch_size: int) -> Bool[Array, "b"]:
+    """True with probability `rate`, independently for each example."""
+    return jax.random.bernoulli(rng, rate, (batch_size,))
+
+
+def draw_timesteps(rng: Key[Array, ""], num_timesteps: int, batch_size: int) -> Int[Array, "b"]:
+    """Timesteps uniform over the process (the sampler of the hybrid loss, Nichol & Dhariwal 2021)."""
+    return jax.random.randint(rng, (batch_size,), 0, num_timesteps)
+
+
+def by_quartile(loss: Float[Array, "b"], t: Int[Array, "b"], num_timesteps: int) -> Metrics:
+    """The loss of each quarter of the process, least noisy first, as weighted metrics `loss_q0` … `loss_q3`."""
+    quartile = 4 * t // num_timesteps
+    member = (quartile[None] == jnp.arange(4)[:, None]).astype(jnp.float32)
+    sums, counts = member @ loss, member.sum(-1)
+    return {f"loss_q{i}": (sums[i], counts[i]) for i in range(4)}

@@ -1,0 +1,55 @@
+"""What the diffusion stages share: the process from a config, and one training loss."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from unclip_jax.diffusion.gaussian import GaussianDiffusion
+from unclip_jax.models.clip import CLIP
+from unclip_jax.stages import base
+
+
+def process(config: ConfigDict) -> GaussianDiffusion:
+    """Returns the diffusion process of `config.diffusion`; `clip_x_start` c clips predictions to [-c, c]."""
+    bound = config.clip_x_start
+    return GaussianDiffusion.create(
+        schedule=config.schedule,
+        num_timesteps=config.num_timesteps,
+        prediction=config.prediction,
+        variance=config.variance,
+        clip_x_start=None if bound is None else (-bound, bound),
+    )
+
+
+def timesteps(sampling: ConfigDict) -> int | str:
+    """Returns `sampling.timesteps` as samplers want it: a number of steps, or a named subset such as "fast27"."""
+    return int(sampling.timesteps) if sampling.timesteps.isdigit() else sampling.timesteps
+
+
+def loss(
+    diffusion: GaussianDiffusion,
+    denoise: Callable[[Array, Array], Array],
+    x_start: Float[Array, "b *rest"],
+    rng: Key[Array, ""],
+) -> tuple[Float[Array, ""], base.Metrics]:
+    """The mean loss of `denoise(x_t, t)` at uniform timesteps, with its parts and its quartiles over t."""
+    t_rng, eps_rng = jax.random.split(rng)
+    t = base.draw_timesteps(t_rng, diffusion.num_timesteps, x_start.shape[0])
+    eps = jax.random.normal(eps_rng, x_start.shape, jnp.float32)
+    x_t = diffusion.q_sample(x_start=x_start, t=t, eps=eps)
+    per_example, parts = diffusion.training_loss(denoise(x_t, t), x_start=x_start, x_t=x_t, t=t, eps=eps)
+    metrics: base.Metrics = {name: value.mean() for name, value in parts.items()}
+    metrics |= base.by_quartile(parts["mse"], t, diffusion.num_timesteps)
+    return per_example.mean(), metrics
+
+
+def init_clip(clip: CLIP, rng: Key[Array, ""]) -> base.Params:
+    """Returns weights of a frozen CLIP, boxed with logical axis names."""
+    images = jnp.zeros((1, clip.image_size, clip.image_size, 3))
+    params = clip.init(rng, images, jnp.zeros((1, clip.context_length), jnp.int32))
+    assert isinstance(nn.meta.unbox(params), dict)
+    return params

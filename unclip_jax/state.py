@@ -1,0 +1,40 @@
+"""The state of a training run: everything a checkpoint holds and a step changes."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One step's state; a pytree.
+
+    Attributes:
+      step: steps begun, skipped ones included; also the index of the next batch.
+      params: weights, float32.
+      ema: their moving average, sharded alike.
+      opt_state: the optimizer's state.
+      statistics: what the stage measured of its data before the first step ({} where there is nothing to measure).
+      skipped: steps that changed nothing because their loss or gradient was not finite.
+      streak: how many of those came last, without a good step since.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    ema: Any
+    opt_state: Any
+    statistics: Any
+    skipped: Int[Array, ""]
+    streak: Int[Array, ""]
+
+    @classmethod
+    def create(cls, params: Any, opt_state: Any, statistics: Any) -> "TrainState":
+        """A state at step 0 whose moving average is the weights themselves."""
+        zero = jnp.zeros((), jnp.int32)
+        ema = jax.tree.map(jnp.copy, params)
+        return cls(
+            step=zero, params=params, ema=ema, opt_state=opt_state, statistics=statistics, skipped=zero, streak=zero
+        )
