@@ -209,6 +209,19 @@ def test_first_frame_of_an_animation(kind):
     assert np.array_equal(images.decode(data), np.broadcast_to(np.uint8(GREEN), (16, 16, 3)))
 
 
+@pytest.mark.parametrize("width, height", [(1, 1), (2, 3), (5, 5), (8, 8), (9, 17)])
+def test_interlaced_png(width, height):
+    """Adam7 by hand (PNG specification, section 8.2): seven reduced pictures, one after the other."""
+    pixels = np.arange(width * height * 3).reshape(height, width, 3).astype(np.uint8)
+    passes = [pixels[0::8, 0::8], pixels[0::8, 4::8], pixels[4::8, 0::4], pixels[0::4, 2::4]]
+    passes += [pixels[2::4, 0::2], pixels[0::2, 1::2], pixels[1::2, :]]
+    rows = [row.tobytes() for part in passes if part.size for row in part]
+    data = bytearray(png(width, height, 8, 2, rows))
+    data[28] = 1  # interlace method
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    assert np.array_equal(images.decode(bytes(data)), pixels)
+
+
 def test_one_pixel():
     assert images.decode(png(1, 1, 8, 2, [bytes([9, 8, 7])])).tolist() == [[[9, 8, 7]]]
 
@@ -259,6 +272,7 @@ REFUSED = {
     "webp canvas lies": (riff((b"VP8X", bytes(4) + b"\xff\xff\xff\xff\xff\xff")), "16777216x16777216"),
     "webp lossless lies": (riff((b"VP8L", b"\x2f\xff\xff\xff\x0f" + bytes(20))), "16384x16384"),
     "webp unknown chunk": (riff((b"EVIL", bytes(20))), "unknown chunk"),
+    "png with fewer rows than it says": (png(64, 64, 8, 2, [bytes(192)] * 63), "rows end early"),
     "png of no width": (png(0, 5, 8, 2, [b""]), "0x5"),
     "png of an impossible depth": (png(2, 1, 7, 2, [bytes(6)]), "truncated or corrupt"),
     "png without palette": (png(2, 1, 8, 3, [bytes(2)]), "truncated or corrupt"),

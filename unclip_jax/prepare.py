@@ -49,7 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_float("validation_percent", 0.0, "Share of examples for a validation split.", 0.0, 99.0)
     flags.DEFINE_integer("entries_per_shard", 1000, "Examples per shard, for a folder.", lower_bound=1)
     flags.DEFINE_integer("max_pixels", images.MAX_PIXELS, "Largest picture decoded, width x height.", lower_bound=1)
-    flags.DEFINE_string("variant", "", "Variant of a built-in data set.")
+    flags.DEFINE_string("variant", "tiny", "Variant of captioned_shapes.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,8 +61,7 @@ def main(argv: Sequence[str]) -> int:
     if options.source in BUILT_IN:
         from unclip_jax.data import datasets
 
-        variant = {"variant": options.variant} if options.variant else {}
-        print(datasets.prepare(options.source, data_dir=options.out, **variant))
+        print(datasets.prepare(options.source, data_dir=options.out, variant=options.variant))
         return programs.DONE
     settings = Settings(options.size, options.validation_percent, options.max_pixels)
     try:
@@ -137,8 +136,8 @@ def prepare(
                 reports.add(report)
         reports.finish(source)
         image_text.assemble(units, reports.all, directory=work, out=out)
-        shutil.copyfile(os.path.join(work, _JOB), os.path.join(out, _JOB))
-        shutil.rmtree(work)
+        os.replace(os.path.join(work, _JOB), os.path.join(out, _JOB))
+    shutil.rmtree(work, ignore_errors=True)
     return reports.sentence(out)
 
 
@@ -182,14 +181,17 @@ def _describe(units: list[Unit], settings: Settings) -> dict:
 
 
 def _is_prepared(out: str, job: dict) -> bool:
-    """Says whether `out` holds the whole result; raises InputError where it holds anything else."""
-    work = os.path.join(out, _WORK)
-    if not os.path.isdir(out) or os.path.isdir(work) or not os.listdir(out):
-        return False
-    if not os.path.isfile(os.path.join(out, _JOB)):
+    """Says whether `out` holds the whole result; raises InputError where it holds anything else.
+
+    The description of the job is moved into `out` as the last step of all.
+    """
+    if os.path.isfile(os.path.join(out, _JOB)):
+        _check_same(os.path.join(out, _JOB), job)
+        shutil.rmtree(os.path.join(out, _WORK), ignore_errors=True)
+        return True
+    if os.path.isdir(out) and os.listdir(out) and not os.path.isdir(os.path.join(out, _WORK)):
         raise InputError(f"{out} is not empty and holds no data set of this program; choose another --out")
-    _check_same(os.path.join(out, _JOB), job)
-    return True
+    return False
 
 
 def _begin(work: str, job: dict) -> None:

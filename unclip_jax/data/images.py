@@ -7,6 +7,7 @@ another C library open to whoever wrote the file. Neither JAX nor TensorFlow is 
 
 import io
 import struct
+import zlib
 
 import numpy as np
 from jaxtyping import UInt8
@@ -117,8 +118,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SID
     _check_size(width, height, max_pixels=max_pixels, max_side=max_side)
     if kind == "jpeg" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise InputError(f"this JPEG has more than {MAX_JPEG_SCANS} scans; no camera or editor writes that")
-    if kind == "png" and b"IEND" not in data:
-        raise InputError("this PNG is truncated: its end marker is missing")
+    if kind == "png":
+        _check_png_rows(data, width, height)
     try:
         with Image.open(io.BytesIO(data), formats=(kind.upper(),)) as image:
             # The decoder's own reading of the header counts too, in case a crafted file has two.
@@ -144,6 +145,37 @@ def _check_size(width: int, height: int, *, max_pixels: int, max_side: int) -> N
         raise InputError(
             f"the picture has {width}x{height} pixels; at most {max_side} on a side and {max_pixels} in all are decoded"
         )
+
+
+# Samples per pixel of PNG's colour types, and the passes of its interlacing: first column, first row, steps.
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def _check_png_rows(data: bytes, width: int, height: int) -> None:
+    """Refuses a PNG whose compressed stream ends before its last row: Pillow would show the missing rows black."""
+    if b"IEND" not in data:
+        raise InputError("this PNG is truncated: its end marker is missing")
+    bit_depth, colour_type, _, _, interlaced = data[24:29]
+    bits = bit_depth * _PNG_SAMPLES.get(colour_type, 0)
+    missing = 0
+    for left, top, step_x, step_y in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
+        missing += max(rows, 0) * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+    stream, at = zlib.decompressobj(), 8
+    try:
+        while missing > 0 and at < len(data) and not stream.eof:
+            length, chunk = struct.unpack_from(">I4s", data, at)
+            compressed = data[at + 8 : at + 8 + length] if chunk == b"IDAT" else b""
+            while missing > 0 and compressed and not stream.eof:
+                # In pieces, for a chunk of a few kilobytes can unpack to gigabytes.
+                missing -= len(stream.decompress(compressed, 2**20))
+                compressed = stream.unconsumed_tail
+            at += 12 + length
+    except (struct.error, zlib.error) as error:
+        raise InputError(f"this PNG of {width}x{height} is truncated or corrupt: {error}") from error
+    if missing > 0:
+        raise InputError(f"this PNG of {width}x{height} is truncated or corrupt: its rows end early")
 
 
 def _orientation(image: Image.Image) -> int:
