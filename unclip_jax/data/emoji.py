@@ -95,15 +95,16 @@ class EmojiFont:
         self.side = int(max(right - left, bottom - top))
         self._missing = self._draw(_NO_CHARACTER, ink=0) if self.side else None
         if not self.side or self.render(_ANY_EMOJI) is None:
-            raise InputError(f"{path!r} is no colour-emoji font: it has no picture in colour of U+1F600 (grinning face)")
+            raise InputError(f"{path!r} is no colour-emoji font: it has no coloured U+1F600 (grinning face)")
 
     def render(self, character: str) -> UInt8[np.ndarray, "s s 3"] | None:
-        """The picture of one character, centred on white; None where the font has none in colour."""
+        """The picture of one character, where the font places it, on white; None where the font has none in colour."""
         drawn = self._draw(character, ink=0)
         if drawn is None or (self._missing is not None and np.array_equal(drawn, self._missing)):
             return None
         # Glyphs without colours of their own take the ink's; .notdef boxes of ordinary fonts are of that kind.
-        if not np.array_equal(drawn, self._draw(character, ink=200)):
+        again = self._draw(character, ink=200)
+        if again is None or not np.array_equal(drawn, again):
             return None
         return drawn
 
@@ -111,7 +112,7 @@ class EmojiFont:
         """None where nothing is drawn or the text layout fails (line separators)."""
         try:
             left, top, right, bottom = self._font.getbbox(character)
-        except ValueError:
+        except RuntimeError:
             return None
         picture = Image.new("RGBA", (self.side, self.side), (255, 255, 255, 0))
         x = (self.side - (right - left)) // 2 - left
@@ -192,6 +193,9 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             font=self._font.path, font_sha256=self._font.sha256, count=len(self._pictures),
             unicode=unicodedata.unidata_version,
         )
+        splits = [split_of(caption) for _, caption, _ in self._pictures]
+        if not {"train", "validation"} <= set(splits):
+            raise InputError(f"{self._font.path!r} draws {len(splits)} emoji, too few for training and validation")
         return {split: self._generate_examples(split) for split in ("train", "validation")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -22,7 +22,7 @@ def write_once(builder: "tfds.core.DatasetBuilder") -> str:
     """Writes all splits of a builder, unless they are there, and returns their directory.
 
     TFDS writes into a directory of another name and renames it last: where the returned directory exists, it is
-    whole. An interrupted preparation leaves at most `<version>.incomplete...`, which the next one does not read.
+    whole. An interrupted preparation leaves at most `incomplete.<...>_<version>`, which the next one does not read.
     Only writing imports TensorFlow.
     """
     if builder.is_prepared():
@@ -39,7 +39,7 @@ def write_once(builder: "tfds.core.DatasetBuilder") -> str:
 
 
 def _import_tensorflow() -> None:
-    """Imports TensorFlow quietly and keeps it off the GPU, whose memory it would take whole; here it only packs bytes."""
+    """Imports TensorFlow quietly, and keeps it off GPUs, whose memory it would take whole: it only packs bytes."""
     if "tensorflow" in sys.modules:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

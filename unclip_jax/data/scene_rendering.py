@@ -1,8 +1,8 @@
 """Draws a scene as pixels, antialiased, at any resolution: a smaller picture is the larger one area-averaged.
 
 Each shape is a function whose sign says inside (negative) or outside and whose value near the outline is the
-distance to it, so that coverage of a pixel is a clipped distance. Below 128 pixels the picture is computed on a finer grid and
-averaged, because points of stars are then narrower than a pixel.
+distance to it, so that coverage of a pixel is a clipped distance. Below 128 pixels the picture is computed on a
+finer grid and averaged, because points of stars are then narrower than a pixel.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def _span(centre: float, reach: float, resolution: int, samples: int) -> tuple[s
     return slice(first, last), points.astype(np.float32)
 
 
-def _pool(field: Field, samples: int) -> Field:
+def _pool(field: Field, samples: int) -> Float[np.ndarray, "rows columns"]:
     if samples == 1:
         return field
     height, width = field.shape

@@ -28,6 +28,11 @@ _NEAR = 0.1  # image sides
 # Smaller ones are specks: shares of the image, and of the largest object in it.
 _MIN_AREA = 0.006
 _MIN_SHARE = 0.12
+# Stains are large but faint: an object differs somewhere by more than this from the background.
+_MIN_PEAK = 64.0
+# Objects that touch are told apart by colour: least share of the rarer one, least distance of centres in box sides.
+_SPLIT_SHARE = 0.15
+_SPLIT_DISTANCE = 0.3
 # Silhouettes: points a side of their grid, and its half width in the silhouette's root-mean-square radius.
 _GRID = 28
 _REACH = 2.2
@@ -90,11 +95,13 @@ def read(images: UInt8[np.ndarray, "b h w 3"]) -> list[Reading]:
         return []
     pixels = images.astype(np.float32)
     backgrounds = _backgrounds(pixels)
-    contrast, mask = _contrast(np.linalg.norm(pixels - backgrounds[:, None, None], axis=-1))
+    distance = np.linalg.norm(pixels - backgrounds[:, None, None], axis=-1)
+    contrast, mask = _contrast(distance)
     found: list[tuple[int, str, float, float, float]] = []
     silhouettes = []
-    for image, rows, columns, member in _components(mask):
-        colour = _colour(pixels[image, rows, columns], member)
+    for image, rows, columns, member in _components(mask, distance, pixels):
+        votes = _line_distances(pixels[image, rows, columns][_inner(member)]).argmin(1)
+        colour = list(COLOURS)[int(np.bincount(votes).argmax())]
         silhouette, x, y = _silhouette(contrast[image, rows, columns], member)
         silhouettes.append(silhouette)
         x, y = (columns.start + x + 0.5) / width, (rows.start + y + 0.5) / height
@@ -127,39 +134,71 @@ def _contrast(
     return contrast, (contrast > _MIN_CONTRAST) & (distance > _MIN_DISTANCE)
 
 
-def _components(mask: Bool[np.ndarray, "b h w"]) -> list[tuple[int, slice, slice, Bool[np.ndarray, "r c"]]]:
-    """Connected objects of all images: image, rows and columns of a box with a pixel to spare, members in that box."""
+def _components(
+    mask: Bool[np.ndarray, "b h w"], distance: Float[np.ndarray, "b h w"], pixels: Float[np.ndarray, "b h w 3"]
+) -> list[tuple[int, slice, slice, Bool[np.ndarray, "r c"]]]:
+    """Objects of all images: image, rows and columns of a box with a pixel to spare, members in that box."""
     within = np.zeros((3, 3, 3), bool)
     within[1] = True  # pixels of one image touch, also at corners; images do not
     labels, _ = ndimage.label(mask, structure=within)
-    areas = np.bincount(labels.ravel())
-    boxes = ndimage.find_objects(labels)
-    largest: dict[int, int] = {}
-    for label, box in enumerate(boxes, start=1):
-        largest[box[0].start] = max(largest.get(box[0].start, 0), int(areas[label]))
     objects = []
-    for label, (images, rows, columns) in enumerate(boxes, start=1):
+    for label, (images, rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         image = images.start
-        if areas[label] < max(_MIN_AREA * mask[0].size, _MIN_SHARE * largest[image]):
-            continue
         rows = slice(max(0, rows.start - 1), rows.stop + 1)
         columns = slice(max(0, columns.start - 1), columns.stop + 1)
-        objects.append((image, rows, columns, labels[image, rows, columns] == label))
-    return objects
+        member = labels[image, rows, columns] == label
+        if member.sum() < _MIN_AREA * mask[0].size:
+            continue
+        if np.quantile(distance[image, rows, columns][member], 0.9) < _MIN_PEAK:
+            continue
+        for part in _split(pixels[image, rows, columns], member):
+            objects.append((image, rows, columns, part))
+    largest: dict[int, int] = {}
+    for image, _, _, member in objects:
+        largest[image] = max(largest.get(image, 0), int(member.sum()))
+    return [found for found in objects if found[3].sum() >= _MIN_SHARE * largest[found[0]]]
 
 
-def _colour(patch: Float[np.ndarray, "r c 3"], member: Bool[np.ndarray, "r c"]) -> str:
-    """Majority of the palette's colours among the object's inner pixels; edges are mixed with the background."""
+def _split(patch: Float[np.ndarray, "r c 3"], member: Bool[np.ndarray, "r c"]) -> list[Bool[np.ndarray, "r c"]]:
+    """Parts two objects that touch, which have different colours and different centres; returns one part if it is one.
+
+    Edges mixed with the background may take another colour too, but lie around the same centre.
+    """
+    inner = _inner(member)
+    votes = np.bincount(_line_distances(patch[inner]).argmin(1), minlength=len(COLOURS))
+    second, first = np.argsort(votes)[-2:]
+    if votes[second] < _SPLIT_SHARE * votes.sum():
+        return [member]
+    distances = _line_distances(patch[member])
+    nearer_first = np.zeros_like(member)
+    nearer_first[member] = distances[:, first] <= distances[:, second]
+    parts = [_largest_piece(nearer_first), _largest_piece(member & ~nearer_first)]
+    if min(part.sum() for part in parts) < _SPLIT_SHARE * member.sum():
+        return [member]
+    centres = [np.argwhere(part).mean(0) for part in parts]
+    if np.abs(centres[0] - centres[1]).max() < _SPLIT_DISTANCE * max(member.shape):
+        return [member]
+    return parts
+
+
+def _largest_piece(mask: Bool[np.ndarray, "r c"]) -> Bool[np.ndarray, "r c"]:
+    labels, count = ndimage.label(mask)
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
+
+
+def _inner(member: Bool[np.ndarray, "r c"]) -> Bool[np.ndarray, "r c"]:
+    """The deepest two fifths of an object: edges are mixed with the background."""
     depth = ndimage.distance_transform_cdt(np.pad(member, 1))[1:-1, 1:-1]
-    inner = depth >= np.quantile(depth[member], 0.6)
+    return depth >= np.quantile(depth[member], 0.6)
+
+
+def _line_distances(colours: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n p"]:
+    """Distance of pixels to each of the palette's colours, darkened at will: a texture takes a colour to its shade."""
     light = np.array(list(COLOURS.values()), np.float32)
-    # A texture takes a colour's line from its shade to itself: the nearest line, not the nearest point, decides.
     line = (1.0 - SHADE) * light
-    offset = patch[inner][:, None] - SHADE * light
+    offset = colours[:, None] - SHADE * light
     along = np.clip((offset * line).sum(-1) / (line * line).sum(-1), 0.0, 1.0)
-    distance = np.linalg.norm(offset - along[..., None] * line, axis=-1)
-    votes = np.bincount(distance.argmin(1), minlength=len(light))
-    return list(COLOURS)[int(votes.argmax())]
+    return np.linalg.norm(offset - along[..., None] * line, axis=-1)
 
 
 def _silhouette(
@@ -264,7 +303,7 @@ def score_readings(readings: Sequence[Reading], captions: Sequence[str]) -> dict
     return {**rates, "shuffled": shuffled}
 
 
-def _rates(readings: Sequence[Reading], descriptions: Sequence[Description]) -> dict[str, float]:
+def _rates(readings: Sequence[Reading], descriptions: Sequence[Description]) -> dict[str, Any]:
     verdicts = [_verdict(reading, said) for reading, said in zip(readings, descriptions, strict=True)]
     return {"n": len(verdicts), **{key: float(np.mean([v[key] for v in verdicts])) for key in verdicts[0]}}
 
