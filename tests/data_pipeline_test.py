@@ -341,3 +341,5 @@ def test_what_cannot_be_opened_is_named(prepared, tmp_path):
         datasets.open_source(prepared, "train[:0]")
     with pytest.raises(InputError, match="did you mean 'emoji'"):
         datasets.prepare("emojis", data_dir=str(tmp_path), variant="tiny")
+    with pytest.raises(InputError, match="'default'"):
+        datasets.prepare("emoji", data_dir=str(tmp_path), variant="tiny")

@@ -1,13 +1,13 @@
 """The data sets that a config can name, and how any prepared data set is opened.
 
-Each module below has `prepare(*, data_dir, variant) -> directory`: it writes a TFDS builder as ArrayRecord, unless it
-is there. A directory made by `python -m unclip_jax.prepare` from a user's own images is opened the same way. Reading
-imports neither TensorFlow nor torch.
+Each function of the table writes a TFDS builder as ArrayRecord, unless it is there. A directory made by
+`python -m unclip_jax.prepare` from a user's own images is opened the same way. Reading imports neither TensorFlow nor
+torch.
 """
 
 import hashlib
-import importlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -15,11 +15,23 @@ from etils import epath
 from unclip_jax.data.examples import Source
 from unclip_jax.errors import InputError, nearest
 
-# Imported only when asked for: emoji wants a font, and writing wants TensorFlow.
-DATASETS = {
-    "captioned_shapes": "unclip_jax.data.captioned_shapes",
-    "emoji": "unclip_jax.data.emoji",
-}
+
+def _captioned_shapes(data_dir: str, variant: str) -> str:
+    from unclip_jax.data import captioned_shapes
+
+    return captioned_shapes.prepare(data_dir=data_dir, variant=variant)
+
+
+def _emoji(data_dir: str, variant: str) -> str:
+    from unclip_jax.data import emoji
+
+    if variant != "default":
+        raise InputError(f"emoji has no variant {variant!r}: it has one, 'default'")
+    return emoji.prepare(data_dir=data_dir)
+
+
+# Modules are imported only when asked for: emoji wants a font, and writing wants TensorFlow.
+DATASETS: dict[str, Callable[[str, str], str]] = {"captioned_shapes": _captioned_shapes, "emoji": _emoji}
 
 REQUIRED_FEATURES = ("image", "caption", "id")
 # Bytes at either end of a shard that the fingerprint reads.
@@ -29,12 +41,17 @@ _SAMPLE = 1 << 16
 def prepare(name: str, *, data_dir: str, variant: str) -> str:
     """Writes a data set below `data_dir`, unless it is there, and returns the builder's directory.
 
+    Args:
+      name: a key of `DATASETS`.
+      data_dir: root of prepared data sets.
+      variant: one that the data set knows, such as "tiny" of captioned_shapes; emoji has "default" alone.
+
     Raises:
       InputError: unknown name or variant, or what the data set needs (such as a font) is missing.
     """
     if name not in DATASETS:
         raise InputError(f"no data set {name!r}; {nearest(name, DATASETS)}")
-    return importlib.import_module(DATASETS[name]).prepare(data_dir=data_dir, variant=variant)
+    return DATASETS[name](data_dir, variant)
 
 
 def open_source(directory: str, split: str) -> Source:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 
 from unclip_jax.errors import InputError, nearest
 
@@ -43,19 +43,22 @@ def gaussian_blur(
       uint8 [h, w, c], rounded to nearest. Edges are mirrored about the outermost pixel.
     """
     kernel = _gaussian(kernel_size, sigma)
-    radius = kernel_size // 2
     blurred = image.astype(np.float32)
     for axis in (0, 1):
         size = image.shape[axis]
-        width = [(0, 0)] * 3
-        width[axis] = (radius, radius)
-        padded = np.moveaxis(np.pad(blurred, width, mode="reflect"), axis, 0)
-        blurred = sum(weight * padded[tap : tap + size] for tap, weight in enumerate(kernel))
-        blurred = np.moveaxis(blurred, 0, axis)
+        sources = [_mirrored(size, tap - kernel_size // 2) for tap in range(kernel_size)]
+        blurred = sum(weight * blurred.take(source, axis=axis) for weight, source in zip(kernel, sources, strict=True))
     return np.ascontiguousarray(np.rint(blurred).astype(np.uint8))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
+def _mirrored(size: int, offset: int) -> Int64[np.ndarray, " n"]:
+    """Positions 0..size-1 moved by `offset`, those outside reflected about the outermost pixel."""
+    places = np.abs(np.arange(size, dtype=np.int64) + offset)
+    return np.where(places < size, places, 2 * (size - 1) - places)
+
+
+@functools.lru_cache(maxsize=256)
 def _gaussian(kernel_size: int, sigma: float) -> Float[np.ndarray, " k"]:
     if kernel_size < 1 or kernel_size % 2 == 0 or not sigma > 0:
         raise InputError(f"a blur needs an odd kernel and a positive sigma, not {kernel_size} and {sigma}")
