@@ -225,4 +225,6 @@ def prepare(*, data_dir: str, font: str = "") -> str:
     opened = EmojiFont(path)
     stem = pathlib.Path(path).stem.lower().replace(" ", "")
     name = f"{stem}-{opened.sha256[:8]}-unicode{unicodedata.unidata_version}"
-    return preparation.write_once(Emoji(data_dir=data_dir, config=EmojiConfig(name=name, font=path)))
+    with preparation.quiet():
+        builder = Emoji(data_dir=data_dir, config=EmojiConfig(name=name, font=path))
+    return preparation.write_once(builder)

@@ -10,8 +10,10 @@ builder, whose records have at least `image` (PNG, JPEG or WebP bytes where deco
 
 import contextlib
 import io
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,17 +27,30 @@ def write_once(builder: "tfds.core.DatasetBuilder") -> str:
     whole. An interrupted preparation leaves at most `incomplete.<...>_<version>`, which the next one does not read.
     Only writing imports TensorFlow.
     """
-    if builder.is_prepared():
-        return str(builder.data_path)
-    _import_tensorflow()
-    import tensorflow_datasets as tfds
+    with quiet():
+        if builder.is_prepared():
+            return str(builder.data_path)
+        _import_tensorflow()
+        import tensorflow_datasets as tfds
 
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    # TFDS prints that it downloads, which it does not.
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(file_format="array_record")
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
+        # TFDS prints that it downloads, which it does not.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(file_format="array_record")
     return str(builder.data_path)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops what TFDS logs as warnings where all is well: that nothing is prepared yet, that a config is custom."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _import_tensorflow() -> None:
