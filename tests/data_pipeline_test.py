@@ -112,6 +112,14 @@ def test_any_step_can_be_the_first(tokenizer, start):
     assert_same(full[start:], tail)
 
 
+def test_no_batch_comes_after_close(tokenizer):
+    batches = pipeline.training_batches(Records(), spec=spec_of("id"), tokenizer=None, seed=0, batch_size=GLOBAL)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert list(batches) == []
+
+
 def test_far_steps_are_reached_at_once(tokenizer):
     far = training(tokenizer, Records(), 1, start_step=10**9, spec=spec_of("id"))
     assert far[0]["id"].max() < COUNT
@@ -297,14 +305,15 @@ spec = {"image": jax.ShapeDtypeStruct((4, 16, 16, 3), np.uint8), "tokens": jax.S
 batches = pipeline.training_batches(source, spec=spec, tokenizer=Tokenizer("tiny"), seed=0, batch_size=4)
 assert next(batches)["image"].shape == (4, 16, 16, 3)
 datasets.fingerprint(sys.argv[1], "train")
-batches.close()
 print([name for name in ("tensorflow", "torch") if name in sys.modules])
 """
 
 
 def run(program, argument):
     command = [sys.executable, "-c", program, str(argument)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ workers nor where a run was stopped can change it.
 
 import json
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -39,7 +40,10 @@ class Batches(Iterator[Fields]):
     def __init__(self, batches: grain.IterDataset, *, examples: int, max_bad_fraction: float):
         self.bad: dict[int, Bad] = {}
         self._allowed = int(max_bad_fraction * examples)
-        self._iterator = iter(batches)
+        # Held so that it can be let go while Python is still whole: Grain's iterators fail, loudly, in their `__del__`
+        # when they are collected after Python has begun to take itself apart. A finalizer runs before that.
+        self._iterators = [iter(batches)]
+        self._end = weakref.finalize(self, _end, self._iterators)
 
     @property
     def bad_count(self) -> int:
@@ -47,15 +51,17 @@ class Batches(Iterator[Fields]):
         return len(self.bad)
 
     def __next__(self) -> Fields:
-        fields, found = next(self._iterator)
+        if not self._iterators:
+            raise StopIteration
+        fields, found = next(self._iterators[0])
         self._note([Bad(*one) for one in json.loads(found)])
         if not fields:
             raise InputError(f"no usable example was found in place of a bad one; bad are {self._names()}")
         return fields
 
     def close(self) -> None:
-        """Ends the threads or processes that read ahead."""
-        self._iterator.close()
+        """Ends the threads or processes that read ahead; no batch comes after it."""
+        self._end()
 
     def _note(self, found: Sequence[Bad]) -> None:
         for one in found:
@@ -71,6 +77,11 @@ class Batches(Iterator[Fields]):
     def _names(self) -> str:
         shown = [f"{one.index} ({one.name}): {one.reason}" for one in list(self.bad.values())[:5]]
         return "; ".join(shown) + ("; ..." if len(self.bad) > 5 else "")
+
+
+def _end(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def training_batches(
