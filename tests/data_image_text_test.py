@@ -8,30 +8,12 @@ import tarfile
 
 import numpy as np
 import pytest
+from captioned_tars import picture, write_tar
 from PIL import Image
 
 from unclip_jax.data import archives, captions, folders, image_text, images
 from unclip_jax.data.records import MAX_PICTURE_BYTES, MAX_TEXT_BYTES, Bad, Ignored, Record, Unit
 from unclip_jax.errors import InputError
-
-
-def picture(colour=(9, 8, 7), size=(8, 8), kind="PNG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, members, tar_format=tarfile.PAX_FORMAT):
-    """Members are (name, bytes) or a TarInfo; written by Python's tarfile, which is not what reads them here."""
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            tar.addfile(info, io.BytesIO(member[1]))
-    return str(path)
 
 
 def special(name, kind, target=""):

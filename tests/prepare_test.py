@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from captioned_tars import picture, write_tar
 
-from tests.data_image_text_test import picture, write_tar
 from unclip_jax import prepare
-from unclip_jax.data import images
+from unclip_jax.data import image_text, images, shard_workers
 from unclip_jax.data.image_text import Settings
 from unclip_jax.errors import InputError
 
@@ -120,12 +120,16 @@ def test_kill_9_then_the_same_command(shards, uninterrupted, tmp_path, workers):
     process.wait()
     assert len(list(out.glob(".work/*[0-9].json"))) < 6
     assert not (out / "dataset_info.json").exists()
-    deadline = time.monotonic() + 10
-    while orphans_of(process.pid):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.05)
+    wait_for_orphans(process.pid)
     run(shards, out, *OPTIONS, f"--workers={workers}")
     assert content(out) == uninterrupted
+
+
+def wait_for_orphans(session):
+    deadline = time.monotonic() + 10
+    while orphans_of(session):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.02)
 
 
 def orphans_of(session):
@@ -153,9 +157,41 @@ def test_signals_stop_it_at_once_and_say_how_to_go_on(shards, uninterrupted, tmp
     process.send_signal(number)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 42 and "the same command goes on" in stderr and "Traceback" not in stderr
-    assert not orphans_of(process.pid)
+    wait_for_orphans(process.pid)
     prepare.prepare(shards, str(out), Settings(size=12, validation_percent=10.0))
     assert content(out) == uninterrupted
+
+
+def test_killed_worker_is_said_and_the_work_goes_on(shards, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    job = command(shards, out, *OPTIONS, "--workers=2")
+    process = subprocess.Popen(job, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (
+        workers := [s.parent for s in orphans_of(process.pid) if b"spawn_main" in (s.parent / "cmdline").read_bytes()]
+    ):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(int(workers[0].name), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1 and stderr.startswith("error: a worker was killed") and stderr.count("\n") == 1
+    prepare.prepare(shards, str(out), Settings(size=12, validation_percent=10.0))
+    assert content(out) == uninterrupted
+
+
+def test_a_log_file_gets_lines_and_a_second_process_is_refused(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shard_workers, "LOG_SECONDS", -1.0)
+    write_unit = image_text.write_unit
+
+    def meddling(*arguments, **options):
+        with pytest.raises(InputError, match="another process"):
+            prepare.prepare(shards, str(tmp_path / "out"), Settings())
+        return write_unit(*arguments, **options)
+
+    monkeypatch.setattr(image_text, "write_unit", meddling)
+    prepare.prepare(shards, str(tmp_path / "out"), Settings())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 900 and lines[0].startswith("prepare: 0 of 6 shards, 1 examples")
+    assert "5 of 6 shards, 900 examples" in lines[-1] and "min left" in lines[-1]
 
 
 def test_interrupted_at_every_rename_of_the_last_step(shards, uninterrupted, tmp_path, monkeypatch):
@@ -267,6 +303,13 @@ def test_all_bad_makes_no_data_set_however_high_the_limit(tmp_path):
     with pytest.raises(InputError, match="no usable example") as caught:
         prepare.prepare(str(tmp_path / "a.tar"), str(tmp_path / "out"), Settings(), max_bad_percent=100)
     assert "\x1b" not in str(caught.value)
+
+
+def test_built_in_sets_by_name(tmp_path):
+    done = run("captioned_shapes", tmp_path, "--variant=smoke")
+    assert len(load(done.stdout.strip())) > 0
+    done = run("captioned_shapes", tmp_path, "--variant=smok", code=1)
+    assert "did you mean 'smoke'?" in done.stderr
 
 
 def test_out_of_another_job_is_left_alone(shards, tmp_path):

@@ -31,7 +31,8 @@ from unclip_jax.data.image_text import Settings, UnitReport
 from unclip_jax.data.records import Bad, Unit
 from unclip_jax.errors import InputError
 
-BUILT_IN = ("captioned_shapes", "emoji")
+# Built-in data sets and the variant that is made where none is asked for.
+BUILT_IN = {"captioned_shapes": "tiny", "emoji": "default"}
 # Below this many examples a share says little; a job that goes wrong is stopped early from here on.
 EARLY_STOP_EXAMPLES = 10_000
 _WORK, _JOB, _BAD = ".work", "prepare.json", "bad_records.jsonl"
@@ -49,7 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_float("validation_percent", 0.0, "Share of examples for a validation split.", 0.0, 99.0)
     flags.DEFINE_integer("entries_per_shard", 1000, "Examples per shard, for a folder.", lower_bound=1)
     flags.DEFINE_integer("max_pixels", images.MAX_PIXELS, "Largest picture decoded, width x height.", lower_bound=1)
-    flags.DEFINE_string("variant", "tiny", "Variant of captioned_shapes.")
+    flags.DEFINE_string("variant", "", "Variant of a built-in data set.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,7 +62,9 @@ def main(argv: Sequence[str]) -> int:
     if options.source in BUILT_IN:
         from unclip_jax.data import datasets
 
-        print(datasets.prepare(options.source, data_dir=options.out, variant=options.variant))
+        print(
+            datasets.prepare(options.source, data_dir=options.out, variant=options.variant or BUILT_IN[options.source])
+        )
         return programs.DONE
     settings = Settings(options.size, options.validation_percent, options.max_pixels)
     try:
