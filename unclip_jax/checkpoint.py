@@ -6,6 +6,7 @@ folder but neither notices flipped bits nor looks inside the folders that it lis
 digests and falls back to the newest step that is whole.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -22,6 +22,7 @@ from unclip_jax import config as configs
 from unclip_jax.errors import InputError
 from unclip_jax.state import TrainState
 
+_LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 
 
@@ -86,11 +87,11 @@ class Checkpointer:
                 items = {name: _read(self._directory, step, name, tree) for name, tree in _items(abstract).items()}
                 _verify(meta, items, self._digest)
             except Exception as error:  # Orbax and TensorStore raise many kinds; each means this step is damaged
-                logging.warning("checkpoint %s of %s is damaged and passed over: %s", step, self._directory, error)
+                _LOG.warning("checkpoint %s of %s is damaged and passed over: %s", step, self._directory, error)
                 self._retire(step)
                 continue
             if step != steps[0]:
-                logging.warning("resuming from step %d, the newest whole checkpoint", step)
+                _LOG.warning("resuming from step %d, the newest whole checkpoint", step)
             state = TrainState(
                 params=items["params"], ema=items["ema"], statistics=items.get("statistics", {}), **items["rest"]
             )
@@ -162,7 +163,7 @@ def load(
         except InputError:
             raise
         except Exception as error:
-            logging.warning("checkpoint %s of %s is damaged and passed over: %s", candidate, directory, error)
+            _LOG.warning("checkpoint %s of %s is damaged and passed over: %s", candidate, directory, error)
             continue
         return items[which], items.get("statistics", {}), config, candidate
     raise InputError(f"no checkpoint in {directory} is whole (tried {steps if step is None else [step]})")

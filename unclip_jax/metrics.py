@@ -4,6 +4,7 @@ Only process 0 writes. clu's TensorBoard writer imports TensorFlow, so it is imp
 """
 
 import json
+import logging
 import math
 import sys
 import time
@@ -12,10 +13,10 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from PIL import Image
 
+_LOG = logging.getLogger(__name__)
 JSONL = "metrics.jsonl"
 
 
@@ -137,7 +138,7 @@ class Progress:
             self._stream.write(f"\r\033[K{line}")
             self._stream.flush()
         elif jax.process_index() == 0:
-            logging.info("%s", line)
+            _LOG.info("%s", line)
         return rates
 
     def close(self) -> None:

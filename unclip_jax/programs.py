@@ -4,11 +4,13 @@ Exit codes: 0 done; 1 bad input (one sentence on stderr) or a bug (a traceback);
 after saving, run the same command again to go on.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from unclip_jax.errors import InputError
 
@@ -40,6 +42,17 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _config_flags() -> list[str]:
     return [name for name in flags.FLAGS if type(flags.FLAGS[name]).__name__ == "_ConfigFlag"]
+
+
+def start_logging() -> None:
+    """Sends this package's log to stderr from INFO on, and of the libraries beneath only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("unclip_jax")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def start_jax(*, compile_cache: str = "") -> None:

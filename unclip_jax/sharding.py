@@ -5,6 +5,7 @@ split over devices). A batch is split over `data` and `fsdp`; a weight is split 
 `(("embed", "fsdp"), ("mlp", "model"), …)`.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.errors import InputError
 
+_LOG = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 
@@ -67,7 +68,7 @@ def partition_spec(
                 f"config.sharding maps two dimensions of {where or tuple(names)} to mesh axis {axis!r}; map one elsewhere"
             )
         if axis is not None and size % mesh.shape[axis]:
-            logging.info("%s: dimension %s of %d does not divide over %s; replicated", where, name, size, axis)
+            _LOG.info("%s: dimension %s of %d does not divide over %s; replicated", where, name, size, axis)
             axis = None
         spec.append(axis)
     return PartitionSpec(*spec)

@@ -7,6 +7,7 @@ stopped by SIGTERM or SIGINT after saving (run it again), 1 error.
 import collections
 import dataclasses
 import functools
+import logging
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags, logging
+from absl import flags
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
@@ -32,6 +33,8 @@ from unclip_jax.errors import InputError
 from unclip_jax.evaluation import evaluators
 from unclip_jax.stages import base
 from unclip_jax.state import TrainState
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +233,6 @@ class Input:
             )
         self.fingerprint = {
             **datasets.fingerprint(self.directory, data.split),
-            "order": pipeline.order_digest(),
             "tokenizer": self.tokenizer.digest if self.tokenizer else "",
         }
 
@@ -308,7 +310,7 @@ def load_frozen(program: Program) -> dict[str, Any]:
             return tree, {}
 
         params, _, _, step = checkpoint.load(workdir, abstract)
-        logging.info("frozen %s: step %d of %s", name, step, workdir)
+        _LOG.info("frozen %s: step %d of %s", name, step, workdir)
         frozen[name] = params
     return frozen
 
@@ -324,7 +326,7 @@ class Run:
         self.input = Input(self.program)
         changed = configs.claim_workdir(self.workdir, config, accept_changes=accept_changes)
         for key, (old, new) in changed.items():
-            logging.warning("resuming with config.%s=%r, which was %r", key, new, old)
+            _LOG.warning("resuming with config.%s=%r, which was %r", key, new, old)
         total = self.program.total_steps
         self.every = {
             section: configs.duration(config[section], "every", batch_size=config.batch_size, total_steps=total)
@@ -359,7 +361,7 @@ class Run:
         if differing and not self.accept_changes:
             named = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in differing.items())
             raise InputError(f"{self.workdir} was trained on other data ({named}); restore it, or --accept_changes")
-        logging.info("resuming %s at step %d", self.workdir, int(state.step))
+        _LOG.info("resuming %s at step %d", self.workdir, int(state.step))
         return state
 
     def run(self) -> int:
@@ -393,7 +395,7 @@ class Run:
             window.append(report)
             if step == first + 1:
                 jax.block_until_ready(report)
-                logging.info("first step after %.1f s", time.monotonic() - began)
+                _LOG.info("first step, compiled, after %.1f s", time.monotonic() - began)
                 progress.restart_clock()
             if step % self.every["log"] == 0 or step == program.total_steps:
                 self._log(step, window, progress)
@@ -404,7 +406,7 @@ class Run:
                 if guard.last_step_good:
                     self.saver.save(state, config=config, extra={"data": self.input.fingerprint})
             if stop:
-                logging.info("stopped at step %d; run the same command to go on", step)
+                _LOG.info("stopped at step %d; run the same command to go on", step)
                 break
             if self.every["evaluation"] and (step % self.every["evaluation"] == 0 or step == program.total_steps):
                 self._evaluate(state, step)
@@ -440,7 +442,7 @@ class Run:
                     scalars[f"evaluation/{key}"] = float(value)
         self.writer.scalars(step, scalars)
         shown = "  ".join(f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in scalars.items())
-        logging.info("evaluation at step %d: %s", step, shown)
+        _LOG.info("evaluation at step %d: %s", step, shown)
 
 
 class _Again:
@@ -479,7 +481,7 @@ class _Guard:
             return
         names = [] if ids is None else [int(i) for i in ids]
         self._bad.append((step, names))
-        logging.warning(
+        _LOG.warning(
             "step %d skipped: loss %g, gradient norm %g", step, float(report["loss"]), float(report["grad_norm"])
         )
         if streak >= self._limit:
@@ -502,7 +504,7 @@ def _overview(params: Any) -> None:
     if jax.process_index() == 0:
         from clu import parameter_overview
 
-        parameter_overview.log_parameter_overview(params, include_stats=False)
+        _LOG.info("parameters\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Which config, file:variant.", lock_config=True)
@@ -515,8 +517,8 @@ def main(argv) -> int:
     del argv
     if not _CONFIG.value or not _WORKDIR.value:
         raise InputError("give --config=configs/STAGE.py:VARIANT and --workdir=FOLDER")
+    programs.start_logging()
     programs.start_jax(compile_cache=_CACHE.value)
-    logging.set_verbosity(logging.INFO)
     config = configs.check(_CONFIG.value)
     return Run(config, _WORKDIR.value, accept_changes=_ACCEPT.value).run()
 
