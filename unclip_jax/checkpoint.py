@@ -1,12 +1,15 @@
 """Checkpoints: Orbax, asynchronous, verified when read back.
 
 A step holds `params`, `ema` and `rest` (optimizer, counters, statistics) as separate items, so that readers of the
-weights read only those, and `meta`: the config and a digest of every array. Orbax commits a step by renaming its
-folder but neither notices flipped bits nor looks inside the folders that it lists, so a restore here verifies the
-digests and falls back to the newest step that is whole.
+weights read only those, and `meta`: the config, and the shape and a digest of every array. Orbax commits a step by
+renaming its folder but neither notices flipped bits nor looks inside the folders that it lists, so a restore here
+verifies the digests and falls back to the newest step that is whole.
 """
 
+import hashlib
+import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +27,9 @@ from unclip_jax.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+# Arrays of up to this many elements are digested on the host: a U-Net has hundreds, and to compile a reduction for
+# each takes longer than a laptop's whole run spends on saving.
+_HOST_ELEMENTS = 1 << 20
 
 
 class Checkpointer:
@@ -40,7 +46,6 @@ class Checkpointer:
             create=True,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._digest = jax.jit(digest)
 
     def due(self, step: int) -> bool:
         """Whether the manager wants this step: its interval has come, or this job is being preempted."""
@@ -65,9 +70,10 @@ class Checkpointer:
         meta = {
             "step": step,
             "config": config.to_dict(),
-            "digests": {name: _named(self._digest(tree)) for name, tree in items.items()},
+            "arrays": {name: _described(tree) for name, tree in items.items()},
             **(extra or {}),
         }
+        meta["digest"] = _meta_digest(meta)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
 
@@ -78,20 +84,21 @@ class Checkpointer:
           abstract: shapes, dtypes and shardings to restore to; the mesh may differ from the one that saved.
 
         Raises:
-          InputError: there are checkpoints, but none that is whole.
+          InputError: there are checkpoints, but none that is whole, or they are of another network.
         """
         steps = steps_of(self._directory)
-        for step in steps:
+        for number, step in enumerate(steps):
             try:
                 meta = _read_meta(self._directory, step)
-                items = {name: _read(self._directory, step, name, tree) for name, tree in _items(abstract).items()}
-                _verify(meta, items, self._digest)
+                items = _read_items(self._directory, step, meta, _items(abstract))
+            except InputError:
+                raise
             except Exception as error:  # Orbax and TensorStore raise many kinds; each means this step is damaged
-                _LOG.warning("checkpoint %s of %s is damaged and passed over: %s", step, self._directory, error)
-                self._retire(step)
+                _LOG.warning("checkpoint %s of %s is damaged and passed over: %s", step, self._directory, _short(error))
                 continue
-            if step != steps[0]:
+            if number:
                 _LOG.warning("resuming from step %d, the newest whole checkpoint", step)
+                self._retire(steps[:number])
             state = TrainState(
                 params=items["params"], ema=items["ema"], statistics=items.get("statistics", {}), **items["rest"]
             )
@@ -102,11 +109,12 @@ class Checkpointer:
             )
         return None
 
-    def _retire(self, step: int) -> None:
-        """Renames a damaged step so that it is neither listed nor in the way when the run comes by again."""
+    def _retire(self, steps: list[int]) -> None:
+        """Renames damaged steps so that they are neither listed nor in the way when the run comes by again."""
         if jax.process_index() == 0:
-            path = self._directory / str(step)
-            path.rename(self._directory / f"damaged-{step}-{len(list(self._directory.glob('damaged-*')))}")
+            for step in steps:
+                path = self._directory / str(step)
+                path.rename(self._directory / f"damaged-{step}-{len(list(self._directory.glob('damaged-*')))}")
         self._manager.reload()
 
     def close(self) -> None:
@@ -156,14 +164,12 @@ def load(
             meta = _read_meta(directory, candidate)
             config = configs.from_json_value(meta["config"])
             params, statistics = abstract(config)
-            items = {which: _read(directory, candidate, which, params)}
-            if statistics:
-                items["statistics"] = _read(directory, candidate, "statistics", statistics)
-            _verify(meta, items, jax.jit(digest))
+            wanted = {which: params, **({"statistics": statistics} if statistics else {})}
+            items = _read_items(directory, candidate, meta, wanted)
         except InputError:
             raise
         except Exception as error:
-            _LOG.warning("checkpoint %s of %s is damaged and passed over: %s", candidate, directory, error)
+            _LOG.warning("checkpoint %s of %s is damaged and passed over: %s", candidate, directory, _short(error))
             continue
         return items[which], items.get("statistics", {}), config, candidate
     raise InputError(f"no checkpoint in {directory} is whole (tried {steps if step is None else [step]})")
@@ -177,46 +183,100 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items
 
 
+def _short(error: Exception) -> str:
+    """TensorStore's messages hold whole specs."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
+
+
 def _read_meta(directory: epath.Path, step: int) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(directory / str(step) / "meta")
+        meta = reader.restore(directory / str(step) / "meta")
+    stored = meta.pop("digest")
+    if stored != _meta_digest(meta):
+        raise ValueError("meta does not match its digest")
+    return meta
 
 
-def _read(directory: epath.Path, step: int, item: str, abstract: Any) -> Any:
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(directory / str(step) / item, abstract)
+def _read_items(
+    directory: epath.Path, step: int, meta: Mapping[str, Any], abstract: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the items named in `abstract`, verified.
 
-
-def _named(digests: Any) -> dict[str, int]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(digests)
-    return {jax.tree_util.keystr(path): int(value) for path, value in flat}
-
-
-def _verify(meta: Mapping[str, Any], items: Mapping[str, Any], compute: Callable[[Any], Any]) -> None:
-    for item, tree in items.items():
-        stored = meta["digests"][item]
-        for name, value in _named(compute(tree)).items():
-            if stored.get(name) != value:
+    Raises:
+      InputError: the step is whole but holds arrays of other names or shapes.
+      Exception: the step is damaged.
+    """
+    for item, tree in abstract.items():
+        _check_shapes(meta["arrays"].get(item, {}), tree, where=f"{directory / str(step)}/{item}")
+    items = {}
+    for item, tree in abstract.items():
+        with ocp.StandardCheckpointer() as reader:
+            items[item] = reader.restore(directory / str(step) / item, tree)
+        for name, found in _described(items[item]).items():
+            if found != meta["arrays"][item][name]:
                 raise ValueError(f"{item}{name} does not match its digest")
+    return items
+
+
+def _check_shapes(stored: Mapping[str, Any], abstract: Any, *, where: str) -> None:
+    wanted = {name: [str(x.dtype), list(x.shape)] for name, x in _named(abstract)}
+    there = {name: [dtype, shape] for name, (dtype, shape, _) in stored.items()}
+    differing = [name for name in wanted | there if wanted.get(name) != there.get(name)]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"{where} is of another network: {name} is {there.get(name, 'missing')} there and "
+            f"{wanted.get(name, 'missing')} here, and {len(differing) - 1} more differ"
+        )
+
+
+def _meta_digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
+
+
+def _described(tree: Any) -> dict[str, list[Any]]:
+    """Returns name -> [dtype, shape, digest] of every array."""
+    named = _named(tree)
+    digests = jax.tree.leaves(digest([leaf for _, leaf in named]))
+    return {
+        name: [str(leaf.dtype), list(leaf.shape), int(value)]
+        for (name, leaf), value in zip(named, digests, strict=True)
+    }
 
 
 def digest(tree: Any) -> Any:
-    """Returns a uint32 per leaf that any one changed element changes, whatever the sharding.
+    """Returns a uint32 per array that any one changed element changes, whatever the sharding.
 
     The sum modulo 2^32 of each element's bits times an odd number that depends on its index: a change of one
-    element changes the sum, because odd numbers have inverses modulo 2^32.
+    element changes the sum, because odd numbers have inverses modulo 2^32. Large arrays are summed where they are.
     """
-    return jax.tree.map(_leaf_digest, tree)
+    return jax.tree.map(lambda x: _host_digest(x) if _is_small(x) else _device_digest(x), tree)
 
 
-def _leaf_digest(x: jax.Array) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    width = np.dtype(x.dtype).itemsize
+def _is_small(x: Any) -> bool:
+    here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
+    return here and math.prod(x.shape) <= _HOST_ELEMENTS
+
+
+def _host_digest(x: Any) -> np.uint32:
+    array = np.ascontiguousarray(x).reshape(-1)
+    bits = array.view(f"u{array.dtype.itemsize}").astype(np.uint32, copy=False)
+    odd = 2 * np.arange(bits.size, dtype=np.uint32) + 1
+    return np.uint32(np.dot(bits, odd))
+
+
+@jax.jit
+def _device_digest(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         bits = x.astype(jnp.uint32)
     else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[np.dtype(x.dtype).itemsize]
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

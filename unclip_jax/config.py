@@ -129,7 +129,7 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     return check(config)
 
 
-def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) of every leaf, in order of the keys."""
     for key in sorted(config):
         value = config[key]
@@ -149,7 +149,7 @@ def check(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _check_section(section: Mapping[str, Any], rules: Mapping[str, Any], prefix: str) -> None:
+def _check_section(section: Mapping[str, Any] | ConfigDict, rules: Mapping[str, Any], prefix: str) -> None:
     for key, value in section.items():
         name = prefix + key
         if key not in rules:
@@ -180,7 +180,7 @@ def _check_value(name: str, value: Any, rule: Rule) -> None:
             raise InputError(f"{name}={value!r} is out of range; it must lie in [{rule.low:g}, {rule.high:g}]")
 
 
-def duration(section: Mapping[str, Any], name: str, *, batch_size: int, total_steps: int | None = None) -> int:
+def duration(section: ConfigDict, name: str, *, batch_size: int, total_steps: int | None = None) -> int:
     """Returns a duration in steps, given as exactly one of `name_steps`, `name_examples` or `name_percent`.
 
     Args:

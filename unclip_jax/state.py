@@ -5,30 +5,29 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 
 @flax.struct.dataclass
 class TrainState:
-    """One step's state; a pytree.
+    """One step's state; a pytree. Like any pytree it may hold shapes or shardings in place of its arrays.
 
     Attributes:
-      step: steps begun, skipped ones included; also the index of the next batch.
+      step: int32 scalar, steps begun, skipped ones included; also the index of the next batch.
       params: weights, float32.
       ema: their moving average, sharded alike.
       opt_state: the optimizer's state.
       statistics: what the stage measured of its data before the first step ({} where there is nothing to measure).
-      skipped: steps that changed nothing because their loss or gradient was not finite.
-      streak: how many of those came last, without a good step since.
+      skipped: int32 scalar, steps that changed nothing because their loss or gradient was not finite.
+      streak: int32 scalar, how many of those came last, without a good step since.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     ema: Any
     opt_state: Any
     statistics: Any
-    skipped: Int[Array, ""]
-    streak: Int[Array, ""]
+    skipped: Any
+    streak: Any
 
     @classmethod
     def create(cls, params: Any, opt_state: Any, statistics: Any) -> "TrainState":

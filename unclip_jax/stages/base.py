@@ -91,7 +91,9 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
     return jnp.dtype(known[config.dtype])
 
 
-def network(make: Callable[..., nn.Module], fields: Mapping[str, Any], dtype: jnp.dtype, *, where: str) -> nn.Module:
+def network(
+    make: Callable[..., nn.Module], fields: Mapping[str, Any] | ConfigDict, dtype: jnp.dtype, *, where: str
+) -> nn.Module:
     """Returns `make(**fields, dtype=dtype)`; a field that the network does not have is an InputError."""
     known = getattr(make, "__dataclass_fields__", {})
     plain = fields.to_dict() if isinstance(fields, ConfigDict) else dict(fields)
