@@ -1,0 +1,172 @@
+"""The trained parts of an unCLIP: read from the workdirs of their runs, and held to fit each other."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from unclip_jax import checkpoint, sharding
+from unclip_jax import config as configs
+from unclip_jax.errors import InputError, nearest
+from unclip_jax.stages import base
+
+_LOG = logging.getLogger(__name__)
+
+# Sub-folder of the models -> its stage. The position of a name is also the stage's number in every random key, so
+# new names go to the end.
+STAGES = {
+    "clip": "clip",
+    "prior_diffusion": "prior_diffusion",
+    "prior_ar": "prior_ar",
+    "decoder": "decoder",
+    "upsampler_1": "upsampler",
+    "upsampler_2": "upsampler",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One trained network, ready to be asked.
+
+    Attributes:
+      name: a key of STAGES.
+      workdir: of the run that trained it.
+      stage, config: what it is; `config.sampling` with the caller's overrides.
+      params, statistics: weights (the moving average by default) and what was measured of the data.
+      step: training steps that they have seen.
+    """
+
+    name: str
+    workdir: str
+    stage: base.Stage
+    config: ConfigDict
+    params: Any
+    statistics: Any
+    step: int
+
+
+def missing(name: str, models: str) -> str:
+    """Returns the sentence that says a part is not there, with the command that trains it."""
+    folder = epath.Path(models or "runs/mine")
+    config = f"configs/{STAGES[name]}.py:tiny" + (f"_{name[-1]}" if STAGES[name] == "upsampler" else "")
+    command = f"python -m unclip_jax.train --config={config} --workdir={folder / name}"
+    if STAGES[name] not in ("clip", "upsampler"):
+        command += f" --config.frozen.clip={folder / 'clip'}"
+    return f"{models or 'the model'} holds no trained {name}; train it: {command}"
+
+
+def folders(models: str | Mapping[str, str]) -> dict[str, str]:
+    """Returns part -> workdir, of parts that have a checkpoint (or that are named one by one)."""
+    if not isinstance(models, str):
+        for name in models:
+            if name not in STAGES:
+                raise InputError(f"there is no part {name!r}; {nearest(name, STAGES)}")
+        return dict(models)
+    root = epath.Path(models).expanduser()
+    if not root.is_dir():
+        raise InputError(f"there is no folder {models!r}; it should hold trained {', '.join(STAGES)}")
+    found = {name: str(root / name) for name in STAGES if checkpoint.steps_of(root / name / checkpoint.FOLDER)}
+    if not found:
+        raise InputError(f"{models!r} holds no trained part; it should have some of the folders {', '.join(STAGES)}")
+    return found
+
+
+def read(name: str, folder: str, mesh: jax.sharding.Mesh, *, weights: str, sampling: Mapping[str, Any]) -> Part:
+    """Reads one part's newest whole checkpoint."""
+
+    def abstract(config: ConfigDict) -> tuple[Any, Any]:
+        if config.stage != STAGES[name]:
+            raise InputError(f"{folder} holds a {config.stage}, where a {STAGES[name]} is wanted as {name}")
+        stage = base.create(config)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        trees = jax.eval_shape(stage.init, key), jax.eval_shape(stage.init_frozen, key).get("statistics", {})
+        params, statistics = (_placed(tree, config, mesh) for tree in trees)
+        return params, statistics
+
+    params, statistics, config, step = checkpoint.load(folder, abstract, ema=weights == "ema")
+    config = with_sampling(config, sampling, name=name)
+    _LOG.info("%s: step %d of %s", name, step, folder)
+    return Part(name, folder, base.create(config), config, params, statistics, step)
+
+
+def _placed(boxed: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+    where = sharding.shardings(boxed, config.sharding, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), where)
+
+
+def with_sampling(config: ConfigDict, sampling: Mapping[str, Any], *, name: str) -> ConfigDict:
+    """Returns the config with values of `config.sampling` replaced.
+
+    Raises:
+      InputError: the stage has no such key, or the value is of another type or out of range.
+    """
+    plain = config.to_dict()
+    for key, value in sampling.items():
+        known = plain.get("sampling", {})
+        if key not in known:
+            hint = nearest(key, known) if known else "it has no options for sampling"
+            raise InputError(f"{name} has no option sampling.{key}; {hint}")
+        kind = type(known[key])
+        try:
+            plain["sampling"][key] = kind(value)
+        except ValueError as error:
+            raise InputError(f"{name}: sampling.{key}={value!r} is not of type {kind.__name__}") from error
+    return configs.check(ConfigDict(plain).lock())
+
+
+def check_clip(parts: Mapping[str, Part]) -> None:
+    """All stages must describe, and where one can still look, have been trained on, the CLIP that is here."""
+    if "clip" not in parts:
+        needing = [name for name, part in parts.items() if part.config.get("frozen") and part.config.frozen.get("clip")]
+        if needing:
+            raise InputError(f"{needing[0]} needs the CLIP it was trained on, {parts[needing[0]].config.frozen.clip}")
+        return
+    clip = parts["clip"]
+    here = clip.config.model.to_dict()
+    for name, part in parts.items():
+        named = part.config.get("clip")
+        if not named:
+            continue
+        wrong = [f"{k}={v!r} there, {here.get(k)!r} here" for k, v in named.to_dict().items() if here.get(k) != v]
+        if wrong:
+            raise InputError(f"{name} was trained on another CLIP than {clip.workdir}: {'; '.join(wrong)}")
+        _check_weights(part, clip)
+
+
+def _check_weights(part: Part, clip: Part) -> None:
+    """Compares CLIP's weights with those in the folder that the part's run names, where that is another one."""
+    named = epath.Path(part.config.frozen.clip).expanduser()
+    if named.absolute() == epath.Path(clip.workdir).expanduser().absolute():
+        return
+    if not checkpoint.steps_of(named / checkpoint.FOLDER):
+        return  # moved or removed; the equal configs are all there is to compare
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), clip.params)
+    theirs, *_ = checkpoint.load(named, lambda config: (abstract, {}))
+    same = jax.tree.map(lambda a, b: int(a) == int(b), checkpoint.digest(theirs), checkpoint.digest(clip.params))
+    if not all(jax.tree.leaves(same)):
+        raise InputError(
+            f"{part.name} was trained on the CLIP in {named}, whose weights are not those in {clip.workdir}; "
+            f"give that one as clip, or train {part.name} on this one"
+        )
+
+
+def check_sizes(parts: Mapping[str, Part]) -> None:
+    """Each upsampler must take what the part before it makes."""
+    cascade = [name for name in parts if STAGES[name] in ("decoder", "upsampler")]
+    for before, name in zip(cascade, cascade[1:], strict=False):
+        stages: list[Any] = [parts[before].stage, parts[name].stage]
+        if stages[0].side != stages[1].low_res_side:
+            raise InputError(
+                f"{name} ({parts[name].workdir}) takes images of {stages[1].low_res_side} pixels, {before} "
+                f"({parts[before].workdir}) makes {stages[0].side}; train one for the other, or leave {name} out"
+            )
+    if "decoder" in parts and "clip" in parts:
+        stage: Any = parts["decoder"].stage
+        width = parts["clip"].config.model.embed_dim
+        if stage.embed_dim and stage.embed_dim != width:
+            raise InputError(f"the decoder takes embeddings of {stage.embed_dim} numbers, CLIP makes {width}")
