@@ -174,9 +174,12 @@ def _check_value(name: str, value: Any, rule: Rule) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         wanted = getattr(kind, "__name__", str(kind))
         raise InputError(f"{name}={value!r} is of type {type(value).__name__}; it must be {wanted}")
+    if rule is SIZES and not all(type(number) is int for number in value):
+        raise InputError(f"{name}={value!r} must hold whole numbers only")
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
-        if isinstance(number, int | float) and not rule.low <= number <= rule.high:
+        # An infinity is in no range, not even in an open one: JSON has no word for it.
+        if isinstance(number, int | float) and not (math.isfinite(number) and rule.low <= number <= rule.high):
             raise InputError(f"{name}={value!r} is out of range; it must lie in [{rule.low:g}, {rule.high:g}]")
 
 
@@ -216,8 +219,18 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the checked, locked config of a JSON text; lists become tuples."""
-    return from_json_value(json.loads(text))
+    """Returns the checked, locked config of a JSON text; lists become tuples.
+
+    Raises:
+      InputError: the text is no JSON, or no config.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"a config is not whole JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"a config is a JSON object, not {type(value).__name__}")
+    return from_json_value(value)
 
 
 def from_json_value(value: Any) -> ConfigDict:
@@ -252,12 +265,19 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, *, accept_changes: bo
     path = workdir / "config.json"
     changed = {}
     if path.exists():
-        changed = difference(from_json(path.read_text()), config)
+        try:
+            there = from_json(path.read_text())
+        except InputError as error:
+            raise InputError(f"{path} cannot be read: {error}; use another workdir, or remove that file") from error
+        changed = difference(there, config)
         if changed and not accept_changes:
             named = "; ".join(f"config.{key}: {old!r} there, {new!r} here" for key, (old, new) in changed.items())
             raise InputError(
                 f"{workdir} holds a run with another config ({named}); use another workdir, or --accept_changes"
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(config))
+    # Whole or not there at all, wherever the process is killed.
+    whole = workdir / f".config-{os.getpid()}.json"
+    whole.write_text(to_json(config))
+    whole.replace(path)
     return changed

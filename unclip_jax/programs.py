@@ -31,7 +31,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         remaining = flags.FLAGS(argv)
         for name in _config_flags():
-            flags.FLAGS[name].value  # a config flag reads its file here
+            _ = flags.FLAGS[name].value  # a config flag reads its file here
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise InputError(" ".join(message.split())) from error

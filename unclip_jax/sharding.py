@@ -65,7 +65,8 @@ def partition_spec(
             raise InputError(f"config.sharding maps {name!r} to mesh axis {axis!r}; the mesh has {tuple(mesh.shape)}")
         if axis is not None and axis in spec:
             raise InputError(
-                f"config.sharding maps two dimensions of {where or tuple(names)} to mesh axis {axis!r}; map one elsewhere"
+                f"config.sharding maps two dimensions of {where or tuple(names)} to mesh axis {axis!r}; "
+                "map one elsewhere"
             )
         if axis is not None and size % mesh.shape[axis]:
             _LOG.info("%s: dimension %s of %d does not divide over %s; replicated", where, name, size, axis)
