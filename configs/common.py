@@ -95,6 +95,7 @@ def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
 def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
     """Makes a config run in minutes on two cores: everything in memory, no TensorBoard, quick warm-up."""
     config.data.dataset = "emoji" if emoji else "captioned_shapes"
+    config.data.variant = "default" if emoji else "tiny"
     config.data.cache = True
     config.data.workers = 0
     config.optim.update(durations(warmup_percent=5.0))
@@ -109,17 +110,17 @@ def clip_tiny(*, emoji: bool) -> dict:
     """The CLIP of the laptop configs; the stages after it must name the same one."""
     return {
         "image_size": 32,
-        "patch_size": 8 if not emoji else 4,
-        "vision_width": 128,
-        "vision_depth": 3,
-        "vision_heads": 4,
+        "patch_size": 8,
+        "vision_width": 96,
+        "vision_depth": 2,
+        "vision_heads": 3,
         "context_length": 24,
         "vocab_size": 2048,
-        "text_width": 128,
+        "text_width": 96,
         "text_depth": 2,
-        "text_heads": 4,
+        "text_heads": 3,
         "embed_dim": 64,
-        "activation": "gelu",
+        "activation": "quick_gelu",
         "remat": False,
     }
 
@@ -129,10 +130,10 @@ def text_tiny() -> dict:
     return {
         "context_length": 24,
         "vocab_size": 2048,
-        "width": 128,
+        "width": 96,
         "depth": 2,
-        "heads": 4,
-        "activation": "gelu",
+        "heads": 3,
+        "activation": "quick_gelu",
         "remat": False,
     }
 

@@ -8,21 +8,20 @@ from configs import common
 
 
 def _laptop(emoji):
-    config = common.base(stage="decoder", batch_size=32 if emoji else 64, steps=8000 if emoji else 2000)
+    config = common.base(stage="decoder", batch_size=32, steps=4000 if emoji else 1200)
     common.laptop(config, emoji=emoji)
-    side = 32 if emoji else 16
     config.frozen = {"clip": ""}
     config.clip = common.clip_tiny(emoji=emoji)
     config.model = {
         "unet": {
             "in_channels": 3,
             "out_channels": 6,
-            "channels": 64,
-            "channel_mult": (1, 2, 2) if emoji else (1, 2),
+            "channels": 48 if emoji else 32,
+            "channel_mult": (1, 2),
             "depth": 1,
-            "attention_resolutions": (16, 8) if emoji else (8,),
-            "image_size": side,
-            "head_channels": 32,
+            "attention_resolutions": (8,),
+            "image_size": 16,
+            "head_channels": 16,
             "dropout": 0.0,
             "scale_shift": "film",
             "remat": False,
@@ -36,7 +35,7 @@ def _laptop(emoji):
     config.drop = {"text": 0.5, "clip": 0.1}
     config.diffusion = common.diffusion()
     config.sampling = {"method": "ddim", "timesteps": "32", "guidance_scale": 2.0, "eta": 0.0}
-    config.optim.update({"learning_rate": 1e-3})
+    config.optim.update({"learning_rate": 2e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config
 

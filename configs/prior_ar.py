@@ -8,7 +8,7 @@ from configs import common
 
 
 def _laptop(emoji):
-    config = common.base(stage="prior_ar", batch_size=256, steps=500 if not emoji else 3000)
+    config = common.base(stage="prior_ar", batch_size=64, steps=2000 if emoji else 500)
     common.laptop(config, emoji=emoji)
     config.frozen = {"clip": ""}
     config.clip = common.clip_tiny(emoji=emoji)
@@ -19,21 +19,21 @@ def _laptop(emoji):
         "dot_buckets": 64,
         "context_length": 24,
         "vocab_size": 2048,
-        "text_width": 128,
+        "text_width": 96,
         "text_depth": 2,
-        "text_heads": 4,
-        "width": 128,
+        "text_heads": 3,
+        "width": 96,
         "depth": 3,
-        "heads": 4,
-        "activation": "gelu",
+        "heads": 3,
+        "activation": "quick_gelu",
         "remat": False,
     }
     config.fit_examples = 4096
     config.dot_top = 0.5
     config.drop = {"text": 0.1}
     config.sampling = {"guidance_scale": 1.0, "candidates": 2, "temperature": 1.0}
-    config.optim.update({"learning_rate": 1e-3, "weight_decay": 4e-2, "beta2": 0.91, "eps": 1e-10})
-    config.evaluation.update({"evaluators": ("loss", "embedding"), "examples": 256, "batch_size": 256})
+    config.optim.update({"learning_rate": 2e-3, "weight_decay": 4e-2, "beta2": 0.91, "eps": 1e-10})
+    config.evaluation.update({"evaluators": ("loss", "embedding"), "examples": 128, "batch_size": 128})
     return config
 
 

@@ -8,17 +8,17 @@ from configs import common
 
 
 def _laptop(emoji):
-    config = common.base(stage="prior_diffusion", batch_size=256, steps=800 if not emoji else 4000)
+    config = common.base(stage="prior_diffusion", batch_size=128, steps=2000 if emoji else 500)
     common.laptop(config, emoji=emoji)
     config.frozen = {"clip": ""}
     config.clip = common.clip_tiny(emoji=emoji)
-    config.model = {**common.text_tiny(), "embed_dim": 64, "width": 128, "depth": 4}
+    config.model = {**common.text_tiny(), "embed_dim": 64, "depth": 3}
     config.embedding_scale = 4.3  # 17.2 * sqrt(64 / 1024): unit vectors with coordinates of variance 0.289
     config.drop = {"text": 0.1}
     config.diffusion = {**common.diffusion(prediction="x_start", variance="fixed_small"), "clip_x_start": None}
     config.sampling = {"method": "ddpm", "timesteps": "32", "guidance_scale": 1.0, "eta": 0.0, "candidates": 2}
-    config.optim.update({"learning_rate": 1e-3, "weight_decay": 6e-2, "beta2": 0.96, "eps": 1e-6})
-    config.evaluation.update({"evaluators": ("loss", "embedding"), "examples": 256, "batch_size": 256})
+    config.optim.update({"learning_rate": 2e-3, "weight_decay": 6e-2, "beta2": 0.96, "eps": 1e-6})
+    config.evaluation.update({"evaluators": ("loss", "embedding"), "examples": 128, "batch_size": 128})
     return config
 
 

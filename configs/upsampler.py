@@ -7,9 +7,9 @@ from configs import common
 
 
 def _laptop(emoji, second):
-    config = common.base(stage="upsampler", batch_size=32, steps=4000 if emoji else 1000)
+    config = common.base(stage="upsampler", batch_size=32, steps=2500 if emoji else 500)
     common.laptop(config, emoji=emoji)
-    low = (32 if emoji else 16) * (2 if second else 1)
+    low = 32 if second else 16
     config.unet = {
         "in_channels": 6,
         "out_channels": 6,
@@ -28,7 +28,7 @@ def _laptop(emoji, second):
     config.data.crop_fraction = 0.5 if second else 1.0
     config.diffusion = common.diffusion()
     config.sampling = {"method": "ddim", "timesteps": "12", "guidance_scale": 1.0, "eta": 0.0, "temperature": 1.0}
-    config.optim.update({"learning_rate": 1e-3})
+    config.optim.update({"learning_rate": 2e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config
 
