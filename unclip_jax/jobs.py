@@ -150,11 +150,12 @@ class _Running:
 
 
 class Runner:
-    """Runs jobs over groups of cores."""
+    """Runs jobs over groups of cores; `started` counts the processes that it has started."""
 
     def __init__(self, *, groups: Sequence[Sequence[int] | None], times: Times, lock: int, stop: Stop):
         self._groups, self._times, self._lock, self._stop = groups, times, lock, stop
         self._running: list[_Running] = []
+        self.started = 0
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Runs every job that is not finished; returns an exit code.
@@ -198,6 +199,7 @@ class Runner:
             self._running.append(self._start(ready, group))
 
     def _start(self, job: Job, group: int) -> _Running:
+        self.started += 1
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = job.log.open("ab")
         cores = self._groups[group]

@@ -1,0 +1,314 @@
+"""Trains all six stages on rendered scenes, draws from captions, scores the images, and writes a report.
+
+    python -m unclip_jax.quickstart --workdir=runs/quickstart
+
+Every stage is trained by the program that trains it at any size, `python -m unclip_jax.train`, and the images are
+made by `python -m unclip_jax.generate`; this only decides what runs when, and on which cores. Stages without need of
+each other run side by side, one thread each on a machine with few cores; with an accelerator, one after another.
+Stopped by Ctrl-C or SIGTERM it saves (exit code 42), and the same command goes on.
+
+Results are `report.html`, which needs nothing beside it, `report.json` with every figure, and PNG pictures.
+`--smoke` runs all of it with a few steps, in a minute or two: it shows that everything works, and makes noise.
+"""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from unclip_jax import checkpoint, jobs, metrics, programs, report
+from unclip_jax import config as configs
+from unclip_jax import quickstart_results as results
+from unclip_jax.data import datasets
+from unclip_jax.errors import InputError
+from unclip_jax.jobs import Job, Progress
+
+_LOG = logging.getLogger(__name__)
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PRIORS = ("diffusion", "ar", "none")
+# Folder of each stage -> (config file, suffix of its variant). In the order in which they are begun: CLIP, for which
+# three stages wait, and then the longest first, so that the cores become idle at about the same time.
+STAGES = {
+    "clip": ("clip", ""),
+    "decoder": ("decoder", ""),
+    "upsampler_2": ("upsampler", "_2"),
+    "upsampler_1": ("upsampler", "_1"),
+    "prior_diffusion": ("prior_diffusion", ""),
+    "prior_ar": ("prior_ar", ""),
+}
+# What makes a run a smoke test: a few steps of small networks, in which compilation takes all the time.
+_SMOKE = {
+    "total_steps": 4, "batch_size": 8, "data.variant": "smoke", "log.every_percent": 25.0,
+    "checkpoint.every_percent": 50.0, "evaluation.every_percent": 0.0,
+}  # fmt: skip
+_SMOKE_UNET = {"channels": 32, "attention_resolutions": (), "depth": 1, "channel_mult": (1, 1)}
+_SMOKE_STAGES: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "decoder": {f"model.unet.{key}": value for key, value in _SMOKE_UNET.items()} | {"sampling.timesteps": "2"},
+    "upsampler": {f"unet.{key}": value for key, value in _SMOKE_UNET.items()} | {"sampling.timesteps": "2"},
+    "prior_diffusion": {"model.depth": 1, "sampling.timesteps": "2"},
+    "prior_ar": {"model.depth": 1, "fit_examples": 96, "model.components": 8},
+}
+
+
+def overrides(name: str, options: "Options") -> dict[str, Any]:
+    """Returns {key of the config: value} of what the quickstart sets itself for a stage."""
+    stage, _ = STAGES[name]
+    values: dict[str, Any] = {"data.data_dir": options.data_dir, "seed": options.seed}
+    if stage not in ("clip", "upsampler"):
+        values["frozen.clip"] = str(options.workdir / "clip")
+    return values | (_SMOKE | _SMOKE_STAGES[stage] if options.smoke else {})
+
+
+def stage_job(name: str, spec: str, values: Mapping[str, Any], options: "Options") -> Job:
+    """Returns the job that trains a stage; it is finished where the last step of this very config is saved."""
+    config, folder = configs.load(spec, values), options.workdir / name
+    total = configs.total_steps(config)
+    command = [sys.executable, "-m", "unclip_jax.train", f"--config={spec}", f"--workdir={folder}"]
+    command += [f"--config.{key}={value}" for key, value in values.items()]
+    return Job(
+        name=name,
+        command=[*command, f"--compile_cache={options.cache}"],
+        log=folder / "train.log",
+        finished=functools.partial(_is_trained, folder, config, total),
+        progress=functools.partial(_training_progress, folder, total),
+        needs=("data", "clip") if "frozen.clip" in values else ("data",),
+    )
+
+
+def _is_trained(folder: pathlib.Path, config: ConfigDict, total: int) -> bool:
+    path = folder / "config.json"
+    if not path.exists() or total not in checkpoint.steps_of(folder / checkpoint.FOLDER):
+        return False
+    return not configs.difference(configs.from_json(path.read_text()), config)
+
+
+def _training_progress(folder: pathlib.Path, total: int) -> Progress:
+    rows = metrics.read(folder)
+    last = next((step for step in reversed(rows) if "mean/loss" in rows[step]), 0)
+    if not last:
+        return Progress(0, total, "compiles")
+    left = rows[last].get("seconds_left", 0.0)
+    return Progress(last, total, f"loss {rows[last]['mean/loss']:.4g}  {left:.0f} s left")
+
+
+def data_job(workdir: pathlib.Path, data: ConfigDict) -> Job:
+    """Returns the job that renders the data set that `config.data` names."""
+    there = pathlib.Path(data.data_dir).expanduser() / data.dataset / data.variant
+    command = [sys.executable, "-m", "unclip_jax.prepare", f"--source={data.dataset}", f"--variant={data.variant}"]
+    return Job(
+        name="data",
+        command=[*command, f"--out={pathlib.Path(data.data_dir).expanduser()}"],
+        log=workdir / "data.log",
+        finished=lambda: bool(list(there.glob("[0-9]*/dataset_info.json"))),
+        progress=lambda: Progress(0, 1, "renders"),
+    )
+
+
+def sample_jobs(captions: Sequence[str], *, parts: int, batch_size: int, options: "Options") -> list[Job]:
+    """Returns the jobs that draw from the captions by every prior, a part of the captions each.
+
+    Each has a folder that is named after all that the images depend on, so that others are never taken for them.
+    """
+    made = []
+    workdir, seed, cache = options.workdir, options.seed, options.cache
+    models = {
+        name: [(workdir / name / "config.json").read_text(), checkpoint.steps_of(workdir / name / checkpoint.FOLDER)]
+        for name in STAGES
+    }
+    known = [list(captions), parts, batch_size, seed, models, results.versions()]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
+    for part in range(parts):
+        own = captions[part::parts]
+        folder = workdir / "samples" / f"{digest}-{part}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "captions.txt").write_text("\n".join(own) + "\n")
+        command = [sys.executable, "-m", "unclip_jax.generate", f"--models={workdir}", f"--out={folder}"]
+        command += [f"--prompts={folder / 'captions.txt'}", f"--prior={','.join(PRIORS)}", "--stages=all"]
+        command += [f"--seed={seed}", f"--batch_size={batch_size}", f"--compile_cache={cache}"]
+        made.append(
+            Job(
+                name=f"samples {part + 1}/{parts}" if parts > 1 else "samples",
+                command=command,
+                log=folder / "generate.log",
+                finished=(folder / "grid.png").exists,
+                progress=functools.partial(_sampling_progress, folder, len(own) * len(PRIORS)),
+            )
+        )
+    return made
+
+
+def _sampling_progress(folder: pathlib.Path, total: int) -> Progress:
+    stems = [path.stem for path in folder.glob("[0-9]*.png")]
+    return Progress(sum(stem.rpartition("-")[2].startswith("seed") for stem in stems), total, "images")
+
+
+def accelerated() -> bool:
+    """Whether JAX finds more than a CPU. It is asked in a process of its own, for it takes an accelerator's memory."""
+    devices = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any(glob.glob(pattern) for pattern in devices):
+        return False
+    asked = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True, check=False
+    )
+    return asked.returncode == 0 and asked.stdout.split()[-1:] != ["cpu"]
+
+
+def core_groups(how: str) -> list[tuple[int, ...] | None]:
+    """Returns the cores of each job that may run at the same time; [None] is one job at a time, on everything."""
+    if how == "sequential" or (how == "auto" and accelerated()):
+        return [None]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return list(jobs.core_groups(cores, most=len(STAGES) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the caller chose; the program's flags."""
+
+    workdir: pathlib.Path
+    variant: str
+    data_dir: str
+    smoke: bool
+    seed: int
+    captions: int
+    cache: str
+    schedule: str
+
+
+def run(options: Options) -> int:
+    """Runs what is not done yet, then writes the report; returns an exit code."""
+    workdir, began = options.workdir, time.monotonic()
+    with jobs.claim(workdir) as lock:
+        times = jobs.Times(workdir)
+        groups = core_groups(options.schedule)
+        _LOG.info("%d at a time, on cores %s", len(groups), [list(group) if group else "all" for group in groups])
+        runner = jobs.Runner(groups=groups, times=times, lock=lock, stop=jobs.Stop())
+        try:
+            code, figures = _work(options, runner, groups)
+        finally:
+            if runner.started:  # looking at what is done already is no part of the time it took
+                times.add("all", time.monotonic() - began)
+        if code != programs.DONE:
+            return code
+        figures |= {"variant": options.variant, "smoke": options.smoke, "seed": options.seed, "seconds": times.seconds}
+        figures["schedule"] = [list(group) if group else [] for group in groups]
+        (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+        page = report.write(workdir)
+    print(f"{summary(figures)}\n\nThe report is {page}")
+    return programs.DONE
+
+
+def _work(options: Options, runner: jobs.Runner, groups: Sequence[Any]) -> tuple[int, dict[str, Any]]:
+    """Trains, draws and measures; returns an exit code and the figures."""
+    workdir = options.workdir
+    specs = {name: f"{ROOT / 'configs' / file}.py:{options.variant}{suffix}" for name, (file, suffix) in STAGES.items()}
+    values = {name: overrides(name, options) for name in STAGES}
+    data = configs.load(specs["clip"], values["clip"]).data
+    if data.dataset != "captioned_shapes":
+        raise InputError(f"{options.variant!r} trains on {data.dataset}; the quickstart scores captioned_shapes alone")
+    training = [data_job(workdir, data)]
+    training += [stage_job(name, specs[name], values[name], options) for name in STAGES]
+    code = runner.run(training)
+    if code != programs.DONE:
+        return code, {}
+    directory = datasets.prepare(data.dataset, data_dir=options.data_dir, variant=data.variant)
+    # Kinds seen in training are the measure; half as many captions of unseen ones show how far it generalises.
+    counts = {"validation": options.captions, "unseen": max(options.captions // 2, 2)}
+    real = {split: results.renders(directory, split, count=count) for split, count in counts.items()}
+    prompts = list(dict.fromkeys(item.caption for items in real.values() for item in items))
+    batch_size = 4 if options.smoke else 32 if groups[0] else 128
+    sampling = sample_jobs(prompts, parts=len(groups), batch_size=batch_size, options=options)
+    code = runner.run(sampling)
+    if code != programs.DONE:
+        return code, {}
+    return code, measure(workdir, real=real, directory=directory, folders=[job.log.parent for job in sampling])
+
+
+def measure(
+    workdir: pathlib.Path,
+    *,
+    real: Mapping[str, Sequence[results.Render]],
+    directory: str,
+    folders: Sequence[pathlib.Path],
+) -> dict[str, Any]:
+    """Scores the samples and gathers curves and times."""
+    began = time.monotonic()
+    samples = results.Samples.read(folders)
+    times = jobs.Times(workdir).seconds
+    scores = results.accuracy(samples, real, PRIORS)
+    first = next(iter(real.values()))[0].caption
+    side = samples.pixels([first], PRIORS[0]).shape[1]
+    return {
+        "accuracy": scores,
+        "goal": results.GOAL,
+        "side": side,
+        "oracle": results.oracle_accuracy(directory, side=side),
+        "examples": results.examples(workdir, samples, real, PRIORS),
+        "stages": {name: results.stage_summary(workdir / name, times.get(name, 0.0)) for name in STAGES},
+        "sampling": samples.timings,
+        "scoring_seconds": time.monotonic() - began,
+        "machine": results.machine(),
+        "versions": results.versions(),
+    }
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """Returns the headline numbers as a few lines of text."""
+    lines = [f"{'single objects':24}  colour   shape    both"]
+    scores = figures["accuracy"]["validation"]
+    for name, label in report.LABELS.items():
+        rates = scores[name].get("single")
+        if rates:
+            lines.append(f"{label:24}  " + "  ".join(f"{rates[key]:6.1%}" for key in ("colour", "shape", "both")))
+    chance = scores["diffusion"]["shuffled"].get("single")
+    if chance:
+        cells = "  ".join(f"{chance[key]:6.1%}" for key in ("colour", "shape", "both"))
+        lines.append(f"{'chance':24}  {cells}")
+    return "\n".join(lines)
+
+
+def define_flags() -> None:
+    """Defines the program's flags; only where it is the program, for others have flags of the same names."""
+    flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the trained stages and the report.")
+    flags.DEFINE_string("config_variant", "tiny", "Variant of every stage's config.")
+    flags.DEFINE_string("data_dir", "~/unclip_data", "Root of prepared data sets.")
+    flags.DEFINE_bool("smoke", False, "A few steps of everything, to see that it works.")
+    flags.DEFINE_integer("seed", 0, "Seed of training and sampling.", 0, 2**31 - 1)
+    flags.DEFINE_integer("captions", 192, "Captions to draw from and score; half as many more of unseen kinds.", 2)
+    flags.DEFINE_enum("schedule", "auto", ["auto", "cores", "sequential"], "Jobs side by side, or one after another.")
+    flags.DEFINE_string("compile_cache", "~/.cache/unclip_jax", "Compiled programs, kept between runs; '' is off.")
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    options = flags.FLAGS
+    programs.start_logging()
+    chosen = Options(
+        workdir=pathlib.Path(options.workdir).expanduser().absolute(),
+        variant=options.config_variant,
+        data_dir=str(pathlib.Path(options.data_dir).expanduser().absolute()),
+        smoke=options.smoke,
+        seed=options.seed,
+        captions=min(options.captions, 6) if options.smoke else options.captions,
+        cache=options.compile_cache and str(pathlib.Path(options.compile_cache).expanduser().absolute()),
+        schedule=options.schedule,
+    )
+    return run(chosen)
+
+
+if __name__ == "__main__":
+    define_flags()
+    programs.run(main)
