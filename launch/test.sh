@@ -41,8 +41,8 @@ install() {
     "${UNCLIP_PYTHON:-python3}" -m venv "$venv"
   fi
   say "installing into $venv"
-  "$python" -m pip install --quiet --disable-pip-version-check --upgrade pip
-  "$python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+  "$python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade pip
+  "$python" -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'
   printf '%s\n' "$wanted" > "$venv/installed"
   echo "installed in $((SECONDS - began)) s"
 }

@@ -61,7 +61,7 @@ def part_of(path: pathlib.Path) -> str:
 
 def imported(path: pathlib.Path) -> set[str]:
     """Absolute names of all that a file imports, functions' late imports included; `from a import b` is `a.b`."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)

@@ -1,5 +1,7 @@
 """The decoder's conditioning: what is dropped, what is read, and what cannot matter."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from unclip_jax.models.text_encoder import TextEncoder
 
 # One level: the U-Net has tests of its own.
 UNET = dict(channels=32, channel_mult=(1,), depth=1, attention_resolutions=(4,), image_size=4, head_channels=32)
-TEXT = dict(context_length=7, vocab_size=20, width=16, depth=2, heads=2)
+TEXT: dict[str, Any] = dict(context_length=7, vocab_size=20, width=16, depth=2, heads=2)
 SOT, EOT = 18, 19
 CAPTIONS = jnp.array([[SOT, 3, 4, EOT, 0, 0, 0], [SOT, 5, EOT, 0, 0, 0, 0]], jnp.int32)
 EMPTY = jnp.array([[SOT, EOT, 0, 0, 0, 0, 0]] * 2, jnp.int32)
@@ -160,7 +162,7 @@ def shapes(*args):
     "call, said",
     [
         (lambda: Decoder(unet=UNET, text=TEXT, embed_dim=12, null_clip="none"), "'zeros' or 'learned'"),
-        (lambda: TextEncoder(**{**TEXT, "heads": 3}), "does not split into 3 heads"),
+        (lambda: TextEncoder(**(TEXT | {"heads": 3})), "does not split into 3 heads"),
         (lambda: shapes(X, T, None, Z), "needs tokens"),
         (lambda: shapes(X, T, CAPTIONS, Z[:, :5]), "embedding of 12 numbers, not one of 5"),
         (lambda: shapes(X, T, CAPTIONS[:, :5], Z), "reads 7 tokens, not 5"),

@@ -174,9 +174,9 @@ def _check_value(name: str, value: Any, rule: Rule) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         wanted = getattr(kind, "__name__", str(kind))
         raise InputError(f"{name}={value!r} is of type {type(value).__name__}; it must be {wanted}")
-    if rule is SIZES and not all(type(number) is int for number in value):
+    numbers = list(value) if isinstance(value, tuple) else [value]
+    if rule is SIZES and any(type(number) is not int for number in numbers):
         raise InputError(f"{name}={value!r} must hold whole numbers only")
-    numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
         # An infinity is in no range, not even in an open one: JSON has no word for it.
         if isinstance(number, int | float) and not (math.isfinite(number) and rule.low <= number <= rule.high):

@@ -60,9 +60,9 @@ class Program:
     state: Any
     frozen: Any
     batch_sharding: NamedSharding
-    init: Callable[..., Any]
-    train_step: Callable[..., Any]
-    predict: Mapping[str, Callable[..., Any]]
+    init: jax.stages.Wrapped
+    train_step: jax.stages.Wrapped
+    predict: Mapping[str, jax.stages.Wrapped]
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Abstract global batch, with shardings, to lower the step with."""
@@ -130,7 +130,7 @@ def _train_step(config, stage, optimizer, learning_rate, state: TrainState, froz
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
     frozen = {**frozen, "statistics": state.statistics}
     loss, parts, grads = _gradient(config, stage, state.params, frozen, batch, rng)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def apply(_):
@@ -144,7 +144,8 @@ def _train_step(config, stage, optimizer, learning_rate, state: TrainState, froz
 
     params, ema, opt_state = jax.lax.cond(finite, apply, keep, None)
     bad = (~finite).astype(jnp.int32)
-    new = state.replace(
+    new = dataclasses.replace(
+        state,
         step=state.step + 1,
         params=params,
         ema=ema,
@@ -155,7 +156,7 @@ def _train_step(config, stage, optimizer, learning_rate, state: TrainState, froz
     report = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(params),
+        "param_norm": optax.tree.norm(params),
         "learning_rate": learning_rate(state.step),
         "skipped_steps": new.skipped,
         "streak": new.streak,
@@ -228,8 +229,8 @@ class Input:
         self.tokenizer = Tokenizer(data.vocabulary) if reads_text else None
         if self.tokenizer and self.tokenizer.vocab_size != program.stage.vocab_size:
             raise InputError(
-                f"the vocabulary {data.vocabulary!r} has {self.tokenizer.vocab_size} entries, the model's vocab_size is "
-                f"{program.stage.vocab_size}; set one to the other"
+                f"the vocabulary {data.vocabulary!r} has {self.tokenizer.vocab_size} entries, the model's vocab_size "
+                f"is {program.stage.vocab_size}; set one to the other"
             )
         self.fingerprint = {
             **datasets.fingerprint(self.directory, data.split),
@@ -298,13 +299,15 @@ def load_frozen(program: Program) -> dict[str, Any]:
         workdir = program.config.frozen[name]
         if not workdir:
             raise InputError(
-                f"config.frozen.{name} is not set; name the workdir of a trained {name}: --config.frozen.{name}=runs/{name}"
+                f"config.frozen.{name} is not set; name the workdir of a trained {name}: "
+                f"--config.frozen.{name}=runs/{name}"
             )
 
         def abstract(config, tree=tree, name=name, workdir=workdir):
             here = program.config[name].to_dict()
             there = {key: value for key, value in config.model.to_dict().items() if key in here}
-            differing = [f"{key}={there.get(key)!r} there, {here[key]!r} here" for key in here if there.get(key) != here[key]]
+            keys = [key for key in here if there.get(key) != here[key]]
+            differing = [f"{key}={there.get(key)!r} there, {here[key]!r} here" for key in keys]
             if differing:
                 raise InputError(f"the network in {workdir} is not config.{name}: {'; '.join(differing)}")
             return tree, {}

@@ -6,7 +6,7 @@ checkpoint, the planner and the evaluation job call these and do not know which 
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens, from_uint8
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.models.clip import CLIP
 
+Network = TypeVar("Network", bound=nn.Module)
 Params = Any
 Batch = Mapping[str, jax.Array]
 # A metric is a scalar, or (sum, count) where the mean over several steps must be weighted.
@@ -34,6 +35,7 @@ TABLE = {
 }
 
 
+@runtime_checkable
 class Stage(Protocol):
     """The contract between a stage and everything that drives it.
 
@@ -92,8 +94,8 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
 
 
 def network(
-    make: Callable[..., nn.Module], fields: Mapping[str, Any] | ConfigDict, dtype: jnp.dtype, *, where: str
-) -> nn.Module:
+    make: type[Network], fields: Mapping[str, Any] | ConfigDict, dtype: jnp.dtype, *, where: str
+) -> Network:
     """Returns `make(**fields, dtype=dtype)`; a field that the network does not have is an InputError."""
     known = getattr(make, "__dataclass_fields__", {})
     plain = fields.to_dict() if isinstance(fields, ConfigDict) else dict(fields)
@@ -136,13 +138,14 @@ def normalize(z: Embeddings) -> Embeddings:
 
 def embed_images(clip: CLIP, params: Params, images: UInt8[Array, "b h w 3"]) -> Embeddings:
     """Returns z_i: normalised CLIP image embeddings of uint8 images, without gradient."""
-    z_i = clip.apply(params, from_uint8(images), method="encode_image")
+    z_i: Any = clip.apply(params, from_uint8(images), method="encode_image")
     return jax.lax.stop_gradient(normalize(z_i))
 
 
 def embed_tokens(clip: CLIP, params: Params, tokens: Tokens) -> Embeddings:
     """Returns z_t: normalised CLIP text embeddings, without gradient."""
-    return jax.lax.stop_gradient(normalize(clip.apply(params, tokens, method="encode_text")))
+    z_t: Any = clip.apply(params, tokens, method="encode_text")
+    return jax.lax.stop_gradient(normalize(z_t))
 
 
 def example_keys(rng: Key[Array, ""], batch: Batch) -> ExampleKeys:

@@ -80,7 +80,8 @@ class ARPriorStage:
             z_i = base.embed_images(self.clip, clip, batch["clip_image"])
             return z_i, base.embed_tokens(self.clip, clip, batch["clip_tokens"])
 
-        pairs = [tuple(np.asarray(z, np.float64) for z in embed(frozen["clip"], batch)) for batch in batches]
+        embedded = (embed(frozen["clip"], batch) for batch in batches)
+        pairs = [(np.asarray(z_i, np.float64), np.asarray(z_t, np.float64)) for z_i, z_t in embedded]
         n = self.network
         return quantizer.fit(pairs, components=n.components, buckets=n.buckets, dot_buckets=n.dot_buckets)
 

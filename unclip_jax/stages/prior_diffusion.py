@@ -76,7 +76,7 @@ class DiffusionPriorStage:
         candidates = self.sampling.candidates
 
         def prefix(dropped: bool):
-            cache = self.network.apply(params, tokens, self.scale * z_t, jnp.full((n,), dropped), method="prefix")
+            cache: Any = self.network.apply(params, tokens, self.scale * z_t, jnp.full((n,), dropped), method="prefix")
             # Guidance joins batches along the first axis; a cache has its layers there.
             return jnp.moveaxis(cache.k, 1, 0), jnp.moveaxis(cache.v, 1, 0), jnp.full((n,), cache.filled)
 
