@@ -36,7 +36,7 @@ def _kernel_init(scale):
     """LeCun's normal initializer with its variance scaled; zeros for a scale of 0."""
     if scale == 0:
         return nn.initializers.zeros
-    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+    return nn.initializers.variance_scaling(scale, "fan_in", "uniform")
 
 
 def dense(
