@@ -28,6 +28,7 @@ setup(
         "flax>=0.12.8",
         "fonttools>=4.68.0",  # which characters an emoji font draws in colour
         "grain>=0.2.18",
+        "importlib_resources>=7.1.0",  # TFDS imports it and does not ask for it
         # 0.10.2 is the last for Python 3.11; 0.11 wants 3.12.
         "jax>=0.10.2,<0.12",
         "jaxtyping>=0.3.11",

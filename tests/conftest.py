@@ -6,6 +6,7 @@ and JAX reads its settings once, when it first looks for devices.
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -25,7 +26,10 @@ jax.config.update("jax_platforms", "cpu")
 # Eight devices in this process, by JAX's own setting: XLA_FLAGS would be inherited.
 jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 
-jaxtyping.install_import_hook("unclip_jax", "beartype.beartype")
+# A shell that starts the tests in the background has SIGINT ignored, which the programs they start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+jaxtyping.install_import_hook("unclip_jax", "enforced_types.check")
 
 _PREPARE = """
 import sys

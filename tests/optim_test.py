@@ -76,9 +76,10 @@ def test_adamw_follows_the_equations(decay, decayed, clip):
     # Weights of a network are nested; the last key is what tells a matrix from a vector.
     params = {"layer": {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}}
     state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
     for gradient in gradients:
         tree = {"layer": {name: jnp.asarray(value, jnp.float32) for name, value in gradient.items()}}
-        updates, state = optimizer.update(tree, state, params)
+        updates, state = update(tree, state, params)
         params = jax.tree.map(jnp.add, params, updates)
     for name, value in expected.items():
         np.testing.assert_allclose(params["layer"][name], value, rtol=2e-5, atol=2e-6, err_msg=name)
