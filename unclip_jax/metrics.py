@@ -3,13 +3,14 @@
 Only process 0 writes. clu's TensorBoard writer imports TensorFlow, so it is imported only when it is asked for.
 """
 
+import io
 import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +34,11 @@ class Writer:
         self._board: Any = None
         if jax.process_index() == 0:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._file = (self._workdir / JSONL).open("a")
+            path = self._workdir / JSONL
+            cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
+            self._file = path.open("a")
+            if cut_short:  # by a kill; what is written next must not join it
+                self._file.write("\n")
             if tensorboard:
                 from clu import metric_writers  # imports TensorFlow: 4 s and 450 MB that other hosts need not spend
 
@@ -105,8 +110,10 @@ def average(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 class Progress:
     """Shows how far a run is: a live line on a terminal, one line per report in a log file."""
 
-    def __init__(self, name: str, *, start: int, total: int, examples_per_step: int, stream: TextIO | None = None):
-        self._stream = stream or sys.stderr
+    def __init__(
+        self, name: str, *, start: int, total: int, examples_per_step: int, stream: io.TextIOBase | None = None
+    ):
+        self._stream: Any = stream or sys.stderr
         self._name, self._total, self._start = name, total, start
         self._examples = examples_per_step
         self._last = (time.monotonic(), start)
