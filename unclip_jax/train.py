@@ -335,6 +335,7 @@ class Run:
             section: configs.duration(config[section], "every", batch_size=config.batch_size, total_steps=total)
             for section in ("checkpoint", "log", "evaluation")
         }
+        self.every["log"] = max(self.every["log"], 1)  # 2% of a short run is less than a step
         self.saver = checkpoint.Checkpointer(
             self.workdir, every_steps=self.every["checkpoint"], keep=config.checkpoint.keep
         )
