@@ -16,10 +16,10 @@ def _laptop(emoji):
         "unet": {
             "in_channels": 3,
             "out_channels": 6,
-            "channels": 48 if emoji else 32,
-            "channel_mult": (1, 2),
+            "channels": 32 if emoji else 16,
+            "channel_mult": (1, 2, 3) if emoji else (1, 4),
             "depth": 1,
-            "attention_resolutions": (8,),
+            "attention_resolutions": (8, 4) if emoji else (8,),
             "image_size": 16,
             "head_channels": 16,
             "dropout": 0.0,
@@ -33,8 +33,8 @@ def _laptop(emoji):
         "clip_scale": 8.0,
     }
     config.drop = {"text": 0.5, "clip": 0.1}
-    config.diffusion = common.diffusion()
-    config.sampling = {"method": "ddim", "timesteps": "32", "guidance_scale": 2.0, "eta": 0.0}
+    config.diffusion = common.diffusion(prediction="v")
+    config.sampling = {"method": "ddim", "timesteps": "32", "guidance_scale": 1.5, "eta": 0.0}
     config.optim.update({"learning_rate": 2e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config

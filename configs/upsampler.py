@@ -7,18 +7,18 @@ from configs import common
 
 
 def _laptop(emoji, second):
-    config = common.base(stage="upsampler", batch_size=32, steps=2500 if emoji else 500)
+    config = common.base(stage="upsampler", batch_size=16, steps=2500 if emoji else 500)
     common.laptop(config, emoji=emoji)
     low = 32 if second else 16
     config.unet = {
         "in_channels": 6,
         "out_channels": 6,
-        "channels": 32,
+        "channels": 24 if emoji else 16,
         "channel_mult": (1, 2),
         "depth": 1,
         "attention_resolutions": (),
         "image_size": 2 * low,
-        "head_channels": 32,
+        "head_channels": 16,
         "dropout": 0.0,
         "scale_shift": "film",
         "remat": False,
@@ -26,7 +26,7 @@ def _laptop(emoji, second):
     config.low_res_size = low
     config.data.degradation = "gaussian_blur"
     config.data.crop_fraction = 0.5 if second else 1.0
-    config.diffusion = common.diffusion()
+    config.diffusion = common.diffusion(prediction="v")
     config.sampling = {"method": "ddim", "timesteps": "12", "guidance_scale": 1.0, "eta": 0.0, "temperature": 1.0}
     config.optim.update({"learning_rate": 2e-3})
     config.evaluation.evaluators = ("loss", "pictures")
