@@ -13,11 +13,11 @@ _INK, _PAPER, _FAINT = (28, 30, 36), (255, 255, 255), (110, 114, 124)
 
 def draw(
     captions: Sequence[str],
-    rows: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]],
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
     *,
     headings: Sequence[str] = (),
     side: int = 0,
-) -> UInt8[np.ndarray, "height width 3"]:
+) -> UInt8[np.ndarray, "_ _ 3"]:
     """Draws one row per caption: the caption, wrapped, then its images.
 
     Args:

@@ -230,7 +230,9 @@ def _work(options: Options, runner: jobs.Runner, groups: Sequence[Any]) -> tuple
     real = {split: results.renders(directory, split, count=count) for split, count in counts.items()}
     prompts = list(dict.fromkeys(item.caption for items in real.values() for item in items))
     batch_size = 4 if options.smoke else 32 if groups[0] else 128
-    sampling = sample_jobs(prompts, parts=len(groups), batch_size=batch_size, options=options)
+    # Each process compiles for itself; a smoke test has nothing else to do.
+    parts = 1 if options.smoke else len(groups)
+    sampling = sample_jobs(prompts, parts=parts, batch_size=batch_size, options=options)
     code = runner.run(sampling)
     if code != programs.DONE:
         return code, {}

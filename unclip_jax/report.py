@@ -27,6 +27,7 @@ LABELS = {
     "none": "text embedding, no prior",
     "render": "real renders",
 }
+SHORT = {"diffusion": "diffusion prior", "ar": "AR prior", "none": "no prior", "render": "real render"}
 COLUMNS = {
     "single": {"colour": "colour", "shape": "shape", "both": "both", "background": "background", "all": "all right"},
     "two": {"colour": "colours", "shape": "shapes", "both": "both", "relation": "relation", "all": "all right"},
@@ -120,8 +121,10 @@ def draw_curves(stages: Mapping[str, Any]) -> bytes:
         values = [value for value in curve["loss"] if value > 0]
         if values and max(values) > 8 * min(values) and len(values) == len(curve["loss"]):
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
         axis.set_title(STAGES[name], fontsize=12, loc="left", fontweight="bold")
         axis.set_xlabel("training step")
         axis.set_ylabel("loss")
@@ -148,7 +151,7 @@ def draw_grids(workdir: pathlib.Path, examples: Sequence[Mapping[str, Any]]) -> 
         "samples": captioned_grid.draw(
             captions,
             [[_pixels(workdir / example["images"][name]["image"]) for name in LABELS] for example in examples],
-            headings=["diffusion prior", "AR prior", "no prior", "real render"],
+            headings=list(SHORT.values()),
             side=128,
         )
     }
@@ -168,7 +171,7 @@ def data_url(content: bytes) -> str:
 def _shown(workdir: pathlib.Path, example: Mapping[str, Any]) -> dict[str, Any]:
     """An example as the page wants it: with pictures as URLs."""
     images = [
-        {"label": label, "name": name, **example["images"][name],
+        {"label": label, "short": SHORT[name], "name": name, **example["images"][name],
          "url": data_url((workdir / example["images"][name]["image"]).read_bytes())}
         for name, label in LABELS.items()
     ]  # fmt: skip

@@ -30,7 +30,8 @@ from unclip_jax.parts import STAGES, Part
 PRIORS = {"diffusion": "prior_diffusion", "ar": "prior_ar", "none": None}
 
 Vectors = Float[np.ndarray, "b d"]
-Pixels = UInt8[np.ndarray, "b h w 3"]
+# Sides are free, for what comes out of a stage is larger than what goes in.
+Pixels = UInt8[np.ndarray, "b _ _ 3"]
 # Called after each batch with (part, images done, images in all).
 Progress = Callable[[str, int, int], None]
 
