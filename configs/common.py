@@ -110,7 +110,7 @@ def clip_tiny(*, emoji: bool) -> dict:
     """The CLIP of the laptop configs; the stages after it must name the same one."""
     return {
         "image_size": 32,
-        "patch_size": 8 if emoji else 4,
+        "patch_size": 8,
         "vision_width": 96,
         "vision_depth": 2,
         "vision_heads": 3,
