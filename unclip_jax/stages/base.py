@@ -130,7 +130,7 @@ def ids(batch_size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch_size,), jnp.uint32)
 
 
-def normalize(z: Embeddings) -> Embeddings:
+def normalize(z: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Scales embeddings to length 1, in float32."""
     z = z.astype(jnp.float32)
     return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), -1, keepdims=True), 1e-12))
