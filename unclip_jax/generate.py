@@ -32,7 +32,7 @@ from unclip_jax import captioned_grid, metrics, programs, unclip
 from unclip_jax.data import captions as captions_lib
 from unclip_jax.errors import InputError, nearest
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("unclip_jax.generate")  # __name__ is "__main__" where this is the program
 MANIFEST, GRID = "manifest.json", "grid.png"
 # The grid shows at most so many images: beyond that nobody looks, and it would not fit into memory.
 _GRID_LIMIT = 256

@@ -35,7 +35,7 @@ from unclip_jax.data import datasets
 from unclip_jax.errors import InputError
 from unclip_jax.jobs import Job, Progress
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("unclip_jax.quickstart")  # __name__ is "__main__" where this is the program
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRIORS = ("diffusion", "ar", "none")
 # Folder of each stage -> (config file, suffix of its variant). In the order in which they are begun: CLIP, for which
