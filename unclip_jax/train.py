@@ -112,10 +112,17 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
         state=state,
         frozen=frozen,
         batch_sharding=batch_sharding,
-        init=jax.jit(lambda rng: nn.meta.unbox(init_boxed(rng)), out_shardings=state_sharding),
+        init=jax.jit(
+            lambda rng: nn.meta.unbox(init_boxed(rng)), out_shardings=state_sharding, compiler_options=_once(mesh)
+        ),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))),
         predict={name: jax.jit(fn) for name, fn in stage.predict_fns().items()},
     )
+
+
+def _once(mesh: Mesh) -> dict[str, Any] | None:
+    """Compiler options of what runs once: on CPU, optimising it takes several times longer than it saves."""
+    return {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
 
 
 def _abstract(boxed: Any, shardings: Any) -> Any:
