@@ -5,7 +5,6 @@ stopped by SIGTERM or SIGINT after saving (run it again), 1 error.
 """
 
 import collections
-import dataclasses
 import functools
 import logging
 import signal
@@ -15,184 +14,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
-from unclip_jax import checkpoint, metrics, optim, programs, sharding
+from unclip_jax import checkpoint, metrics, programs, sharding
 from unclip_jax import config as configs
-from unclip_jax.data import datasets, pipeline
-from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.evaluation import evaluators
-from unclip_jax.stages import base
+from unclip_jax.inputs import Input, load_frozen
+from unclip_jax.program import build
 from unclip_jax.state import TrainState
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Everything compiled of a run, made without allocating anything.
-
-    Attributes:
-      config, mesh, stage: what it was built from.
-      total_steps: length of the run.
-      learning_rate: schedule by step.
-      state, frozen: abstract trees (ShapeDtypeStruct with shardings).
-      batch_sharding: of every field of a batch.
-      init: fn(rng) -> state.
-      train_step: fn(state, frozen, batch) -> (state, metrics); the state is donated.
-      predict: name -> jitted fn(params, frozen, batch, rng).
-    """
-
-    config: ConfigDict
-    mesh: Mesh
-    stage: base.Stage
-    total_steps: int
-    learning_rate: optax.Schedule
-    state: Any
-    frozen: Any
-    batch_sharding: NamedSharding
-    init: jax.stages.Wrapped
-    train_step: jax.stages.Wrapped
-    predict: Mapping[str, jax.stages.Wrapped]
-
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Abstract global batch, with shardings, to lower the step with."""
-        spec = self.stage.batch_spec(self.config.batch_size)
-        return {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding) for name, x in spec.items()
-        }
-
-
-def build(config: ConfigDict, mesh: Mesh) -> Program:
-    """Returns shapes, shardings and jitted functions of a run; allocates nothing.
-
-    Raises:
-      InputError: the config does not make a network, or its batch does not divide over the mesh.
-    """
-    stage = base.create(config)
-    accumulation = config.optim.accumulation
-    sharding.check_batch(config.batch_size, mesh, accumulation=accumulation)
-    if accumulation > 1 and not stage.splits_batch:
-        raise InputError(f"config.optim.accumulation={accumulation}: the loss of {config.stage!r} needs whole batches")
-    total_steps = configs.total_steps(config)
-    warmup = configs.duration(config.optim, "warmup", batch_size=config.batch_size, total_steps=total_steps)
-    learning_rate = optim.learning_rate(config.optim, total_steps=total_steps, warmup_steps=warmup)
-    optimizer = optim.create(config.optim, learning_rate)
-
-    def init_boxed(rng):
-        params = stage.init(rng)
-        statistics = stage.init_frozen(rng).get("statistics", {})
-        return TrainState.create(params, optimizer.init(params), statistics)
-
-    rules = config.sharding
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    boxed_state = jax.eval_shape(init_boxed, key)
-    boxed_frozen = jax.eval_shape(stage.init_frozen, key)
-    boxed_frozen = {name: tree for name, tree in boxed_frozen.items() if name != "statistics"}
-    state = _abstract(boxed_state, sharding.shardings(boxed_state, rules, mesh))
-    frozen = _abstract(boxed_frozen, sharding.shardings(boxed_frozen, rules, mesh))
-    state_sharding = jax.tree.map(lambda x: x.sharding, state)
-    batch_sharding = sharding.batch_sharding(mesh)
-    step = functools.partial(_train_step, config, stage, optimizer, learning_rate)
-    return Program(
-        config=config,
-        mesh=mesh,
-        stage=stage,
-        total_steps=total_steps,
-        learning_rate=learning_rate,
-        state=state,
-        frozen=frozen,
-        batch_sharding=batch_sharding,
-        init=jax.jit(
-            lambda rng: nn.meta.unbox(init_boxed(rng)), out_shardings=state_sharding, compiler_options=_once(mesh)
-        ),
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))),
-        predict={name: jax.jit(fn) for name, fn in stage.predict_fns().items()},
-    )
-
-
-def _once(mesh: Mesh) -> dict[str, Any] | None:
-    """Compiler options of what runs once: on CPU, optimising it takes several times longer than it saves."""
-    return {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-
-
-def _abstract(boxed: Any, shardings: Any) -> Any:
-    def one(x, s):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-
-    return jax.tree.map(one, nn.meta.unbox(boxed), shardings)
-
-
-def _train_step(config, stage, optimizer, learning_rate, state: TrainState, frozen, batch):
-    """One step of any stage. A loss or gradient that is not finite changes nothing but the counters."""
-    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    frozen = {**frozen, "statistics": state.statistics}
-    loss, parts, grads = _gradient(config, stage, state.params, frozen, batch, rng)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
-    def apply(_):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = optim.ema_decay(config.optim, state.step)
-        return params, optim.ema_update(state.ema, params, decay), opt_state
-
-    def keep(_):
-        return state.params, state.ema, state.opt_state
-
-    params, ema, opt_state = jax.lax.cond(finite, apply, keep, None)
-    bad = (~finite).astype(jnp.int32)
-    new = dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=params,
-        ema=ema,
-        opt_state=opt_state,
-        skipped=state.skipped + bad,
-        streak=(state.streak + bad) * bad,
-    )
-    report = {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(params),
-        "learning_rate": learning_rate(state.step),
-        "skipped_steps": new.skipped,
-        "streak": new.streak,
-    }
-    return new, {**report, **parts}
-
-
-def _gradient(config, stage, params, frozen, batch, rng):
-    """Returns loss, metrics and gradient of a batch, in one piece or as the mean over equal parts of it."""
-    value_and_grad = jax.value_and_grad(functools.partial(stage.loss, train=True), has_aux=True)
-    parts = config.optim.accumulation
-    if parts == 1:
-        (loss, aux), grads = value_and_grad(params, frozen, batch, rng)
-        return loss, aux, grads
-
-    def split(x):  # part i takes every parts-th example, so that each device keeps its own examples
-        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-
-    def add(total, item):
-        number, part = item
-        (loss, aux), grads = value_and_grad(params, frozen, part, jax.random.fold_in(rng, number))
-        return jax.tree.map(jnp.add, total, (loss, aux, grads)), None
-
-    first = jax.eval_shape(value_and_grad, params, frozen, jax.tree.map(lambda x: split(x)[0], batch), rng)
-    (loss, aux), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    (loss, aux, grads), _ = jax.lax.scan(add, (loss, aux, grads), (jnp.arange(parts), jax.tree.map(split, batch)))
-    # Pairs (sum, count) add up; means are averaged.
-    aux = {name: value if isinstance(value, tuple) else value / parts for name, value in aux.items()}
-    return loss / parts, aux, jax.tree.map(lambda g: g / parts, grads)
 
 
 class Stopping:
@@ -216,113 +52,6 @@ class Stopping:
         if self._distributed and self._saver and self._saver.preempted(step):
             return True
         return self._asked.is_set()
-
-
-class Input:
-    """The data of a run: batches by step, evaluation batches, and the fingerprint that a resume must match."""
-
-    def __init__(self, program: Program):
-        self._program, self._config = program, program.config
-        data = self._config.data
-        builtin = data.dataset in datasets.DATASETS
-        data_dir = str(epath.Path(data.data_dir).expanduser())
-        self.directory = (
-            datasets.prepare(data.dataset, data_dir=data_dir, variant=data.variant)
-            if builtin
-            else str(epath.Path(data.dataset).expanduser())
-        )
-        fields = program.stage.batch_spec(1)
-        reads_text = any(name.endswith("tokens") for name in fields)
-        self.tokenizer = Tokenizer(data.vocabulary) if reads_text else None
-        if self.tokenizer and self.tokenizer.vocab_size != program.stage.vocab_size:
-            raise InputError(
-                f"the vocabulary {data.vocabulary!r} has {self.tokenizer.vocab_size} entries, the model's vocab_size "
-                f"is {program.stage.vocab_size}; set one to the other"
-            )
-        self.fingerprint = {
-            **datasets.fingerprint(self.directory, data.split),
-            "tokenizer": self.tokenizer.digest if self.tokenizer else "",
-        }
-
-    def _batches(self, *, seed: int, start_step: int):
-        data, config = self._config.data, self._config
-        return pipeline.training_batches(
-            datasets.open_source(self.directory, data.split),
-            spec=self._program.stage.batch_spec(config.batch_size),
-            tokenizer=self.tokenizer,
-            seed=seed,
-            batch_size=config.batch_size,
-            start_step=start_step,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
-            workers=data.workers,
-            cache="memory" if data.cache else "none",
-            crop=data.crop_fraction,
-            flip=0.5 if data.flip else 0.0,
-            degradation=data.degradation,
-            max_bad_fraction=data.max_bad_percent / 100,
-        )
-
-    def training(self, start_step: int):
-        """Returns this host's batches from `start_step` on, as an endless iterator."""
-        return self._batches(seed=self._config.seed, start_step=start_step)
-
-    def fitting(self, examples: int) -> Iterator[dict[str, jax.Array]]:
-        """Yields global batches of the training data, about `examples` examples, in an order of their own."""
-        batches = self._batches(seed=self._config.seed + 1, start_step=0)
-        for _ in range(-(-examples // self._config.batch_size)):
-            yield sharding.put_batch(next(batches), self._program.batch_sharding)
-        batches.close()
-
-    def evaluation(
-        self, spec: Mapping[str, jax.ShapeDtypeStruct], *, limit: int, batch_size: int
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields this host's part of the first `limit` examples of the evaluation split, in order."""
-        data = self._config.data
-        batches = pipeline.evaluation_batches(
-            datasets.open_source(self.directory, data.eval_split),
-            spec=spec,
-            tokenizer=self.tokenizer,
-            batch_size=batch_size,
-            limit=limit,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
-            crop=data.crop_fraction,
-            degradation=data.degradation,
-            max_bad_fraction=data.max_bad_percent / 100,
-        )
-        yield from batches
-        batches.close()
-
-
-def load_frozen(program: Program) -> dict[str, Any]:
-    """Reads the frozen networks that `config.frozen` names from the workdirs of their own runs (their EMA).
-
-    Raises:
-      InputError: a workdir is not given, holds no run, or holds another network than `config.<name>` describes.
-    """
-    frozen = {}
-    for name, tree in program.frozen.items():
-        workdir = program.config.frozen[name]
-        if not workdir:
-            raise InputError(
-                f"config.frozen.{name} is not set; name the workdir of a trained {name}: "
-                f"--config.frozen.{name}=runs/{name}"
-            )
-
-        def abstract(config, tree=tree, name=name, workdir=workdir):
-            here = program.config[name].to_dict()
-            there = {key: value for key, value in config.model.to_dict().items() if key in here}
-            keys = [key for key in here if there.get(key) != here[key]]
-            differing = [f"{key}={there.get(key)!r} there, {here[key]!r} here" for key in keys]
-            if differing:
-                raise InputError(f"the network in {workdir} is not config.{name}: {'; '.join(differing)}")
-            return tree, {}
-
-        params, _, _, step = checkpoint.load(workdir, abstract)
-        _LOG.info("frozen %s: step %d of %s", name, step, workdir)
-        frozen[name] = params
-    return frozen
 
 
 class Run:
