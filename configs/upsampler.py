@@ -13,7 +13,7 @@ def _laptop(emoji, second):
     config.unet = {
         "in_channels": 6,
         "out_channels": 6,
-        "channels": 24 if emoji else 16,
+        "channels": 16,
         "channel_mult": (1, 2),
         "depth": 1,
         "attention_resolutions": (),

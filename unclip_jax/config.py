@@ -47,7 +47,7 @@ def _durations(*names: str) -> dict[str, Rule]:
 _CLIP = {
     "image_size": SIZE, "patch_size": SIZE, "vision_width": SIZE, "vision_depth": SIZE, "vision_heads": SIZE,
     "context_length": SIZE, "vocab_size": Rule(int, 3), "text_width": SIZE, "text_depth": SIZE, "text_heads": SIZE,
-    "embed_dim": SIZE, "activation": TEXT, "remat": SWITCH,
+    "embed_dim": SIZE, "activation": TEXT, "vision_stem": SIZES, "remat": SWITCH,
 }  # fmt: skip
 _TEXT_ENCODER = {
     "context_length": SIZE, "vocab_size": Rule(int, 3), "width": SIZE, "depth": SIZE, "heads": SIZE,
