@@ -20,7 +20,7 @@ from unclip_jax.errors import InputError, nearest
 
 
 class Rule(NamedTuple):
-    """What a key's value may be: its type, its inclusive range or its choices, and whether None is allowed."""
+    """What a key's value may be: its type, its inclusive range, and whether None is allowed."""
 
     kind: type | tuple[type, ...]
     low: float = -math.inf

@@ -33,7 +33,7 @@ def learning_rate(config: ConfigDict, *, total_steps: int, warmup_steps: int) ->
 
 
 def create(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay (Table 3: "Adam with corrected weight decay"), after clipping by global norm.
+    """AdamW with decoupled weight decay (appendix C: "Adam with corrected weight decay"), after clipping by norm.
 
     Args:
       config: `beta1`, `beta2`, `eps`, `weight_decay`, `decay` ("all" weights, or only "matrices": no biases, norms

@@ -56,7 +56,9 @@ def start_logging() -> None:
 
 
 def start_jax(*, compile_cache: str = "") -> None:
-    """Sets JAX up for a program: compile cache, sharding-invariant random numbers, many hosts where there are many.
+    """Sets JAX up for a program: compile cache, random numbers that no sharding changes, and the other hosts.
+
+    Hosts join where the environment names their coordinator, JAX_COORDINATOR_ADDRESS; else this process is alone.
 
     Args:
       compile_cache: directory of compiled programs, kept between runs; "" leaves the cache off.

@@ -1,4 +1,4 @@
-"""How the low-resolution condition of an upsampler is spoilt in training (DALL-E 2, section 2.2).
+"""How the low-resolution condition of an upsampler is spoilt in training (DALL-E 2, section 2.1).
 
 An upsampler that has only seen clean reductions of photographs copies the faults of the decoder's samples. Each entry
 of `DEGRADATIONS` maps (uint8 [h, w, 3], a generator) to uint8 [h, w, 3].
@@ -32,7 +32,7 @@ class Degradation:
 def gaussian_blur(
     image: UInt8[np.ndarray, "h w c"], *, kernel_size: int = 3, sigma: float = 0.6
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Convolves with a normalised Gaussian (64->256 upsampler: kernel 3, sigma 0.6; DALL-E 2, section 2.2).
+    """Convolves with a normalised Gaussian (64->256 upsampler: kernel 3, sigma 0.6; DALL-E 2, appendix C).
 
     Args:
       image: uint8 [h, w, c] in [0, 255], each side longer than half the kernel.

@@ -85,7 +85,7 @@ class Preparation:
 
     @property
     def draws(self) -> bool:
-        """Whether any image field but `clip_image` differs from epoch to epoch."""
+        """Whether an example's pixels differ from epoch to epoch; `clip_image` is mirrored, but never cropped."""
         noisy = "low_res" in self.shapes and degradations.named(self.degradation).draws != "nothing"
         return self.crop < 1.0 or self.flip > 0.0 or noisy
 

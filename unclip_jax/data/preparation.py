@@ -1,8 +1,9 @@
 """Writes a TFDS builder's splits as ArrayRecord, once and whole.
 
-Every data set of the project keeps one contract: `prepare(data_dir=...)` returns the directory of a prepared
-builder, whose records have at least `image` (PNG, JPEG or WebP bytes where decoding is skipped), `caption` and
-`id` (index in the split). Reading it back needs no TensorFlow:
+Every data set of the project keeps one contract: a directory of a prepared builder, whose records have at least
+`image` (PNG, JPEG or WebP bytes where decoding is skipped), `caption` and `id`, which tells a record from the others
+(the built-in sets count from 0 in each split; a user's own pictures leave gaps). A built-in set's `prepare` writes it
+and returns the directory. Reading it back needs no TensorFlow:
 
     builder = tfds.builder_from_directory(directory)
     source = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})

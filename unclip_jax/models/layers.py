@@ -33,7 +33,7 @@ def _boxed(initializer, axes):
 
 
 def _kernel_init(scale):
-    """LeCun's normal initializer with its variance scaled; zeros for a scale of 0."""
+    """LeCun's uniform initializer with its variance scaled; zeros for a scale of 0."""
     if scale == 0:
         return nn.initializers.zeros
     return nn.initializers.variance_scaling(scale, "fan_in", "uniform")
@@ -56,7 +56,7 @@ def dense(
         kernel is sharded.
       dtype: compute dtype.
       use_bias: whether to add a zero-initialised bias.
-      scale: variance scale of the LeCun-normal kernel; 0 makes the layer start at zero.
+      scale: variance scale of the LeCun-uniform kernel; 0 makes the layer start at zero.
       name: parameter name.
     """
     axes = _AXES[role]
