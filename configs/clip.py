@@ -9,10 +9,10 @@ from configs import common
 
 
 def _laptop(emoji):
-    config = common.base(stage="clip", batch_size=128, steps=1000 if emoji else 400)
+    config = common.base(stage="clip", batch_size=128, steps=1000 if emoji else 1500)
     common.laptop(config, emoji=emoji)
     config.model = {**common.clip_tiny(emoji=emoji), "logit_scale_max": 100.0}
-    config.optim.update({"learning_rate": 1e-3, "weight_decay": 0.1, "beta2": 0.98, "eps": 1e-6})
+    config.optim.update({"learning_rate": 1e-3 if emoji else 2e-3, "weight_decay": 0.1, "beta2": 0.98, "eps": 1e-6})
     config.evaluation.update({"evaluators": ("loss", "retrieval"), "examples": 512, "batch_size": 128})
     return config
 

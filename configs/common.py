@@ -109,7 +109,7 @@ def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
 def clip_tiny(*, emoji: bool) -> dict:
     """The CLIP of the laptop configs; the stages after it must name the same one."""
     # Convolutions before the transformer teach it shapes in hundreds of steps; the emoji do not need them.
-    stem = {} if emoji else {"vision_stem": (24, 48, 96)}
+    stem = {} if emoji else {"vision_stem": (32, 64, 96)}
     return {
         **stem,
         "image_size": 32,

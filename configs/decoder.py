@@ -8,7 +8,7 @@ from configs import common
 
 
 def _laptop(emoji):
-    config = common.base(stage="decoder", batch_size=32, steps=4000 if emoji else 1200)
+    config = common.base(stage="decoder", batch_size=32, steps=4000 if emoji else 1500)
     common.laptop(config, emoji=emoji)
     config.frozen = {"clip": ""}
     config.clip = common.clip_tiny(emoji=emoji)
@@ -17,9 +17,9 @@ def _laptop(emoji):
             "in_channels": 3,
             "out_channels": 6,
             "channels": 32 if emoji else 16,
-            "channel_mult": (1, 2, 3) if emoji else (1, 4),
+            "channel_mult": (1, 2, 3) if emoji else (1, 2, 4),
             "depth": 1,
-            "attention_resolutions": (8, 4) if emoji else (8,),
+            "attention_resolutions": (8, 4),
             "image_size": 16,
             "head_channels": 16,
             "dropout": 0.0,

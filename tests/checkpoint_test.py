@@ -183,8 +183,8 @@ def biggest(folder):
         "an array file cut short": lambda step: biggest(step / "rest").write_bytes(b"short"),
         "an array file gone": lambda step: biggest(step / "ema").unlink(),
         "an item gone": lambda step: shutil.rmtree(step / "params"),
-        "another learning rate in its config": lambda step: [
-            path.write_text(path.read_text().replace("0.001", "0.002")) for path in (step / "meta").iterdir()
+        "another beta2 in its config": lambda step: [
+            path.write_text(path.read_text().replace("0.98", "0.97")) for path in (step / "meta").iterdir()
         ],
         "nothing in its folder": lambda step: [path.unlink() for path in step.rglob("*") if path.is_file()],
         "a stray folder after it": lambda step: (step.parent / "999").mkdir(),

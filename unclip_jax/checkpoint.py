@@ -1,6 +1,6 @@
 """Checkpoints: Orbax, asynchronous, verified when read back.
 
-A step holds `params`, `ema` and `rest` (optimizer, counters, statistics) as separate items, so that readers of the
+A step holds `params`, `ema`, `rest` (optimizer, counters) and `statistics` as separate items, so that readers of the
 weights read only those, and `meta`: the config, and the shape and a digest of every array. Orbax commits a step by
 renaming its folder but neither notices flipped bits nor looks inside the folders that it lists, so a restore here
 verifies the digests and falls back to the newest step that is whole.
@@ -38,8 +38,9 @@ class Checkpointer:
     def __init__(self, workdir: epath.PathLike, *, every_steps: int, keep: int):
         """Opens `workdir/checkpoints`; a step is saved every `every_steps`, and the last `keep` are kept."""
         self._directory = epath.Path(workdir) / FOLDER
+        self._every_steps = max(every_steps, 1)
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=max(every_steps, 1),
+            save_interval_steps=self._every_steps,
             max_to_keep=keep,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
@@ -49,7 +50,8 @@ class Checkpointer:
 
     def due(self, step: int) -> bool:
         """Whether the manager wants this step: its interval has come, or this job is being preempted."""
-        return self._manager.should_save(step)
+        # Of a run without checkpoints the manager wants any step, which would be the first and least worth it.
+        return self._manager.should_save(step) and (step % self._every_steps == 0 or self.preempted(step))
 
     def preempted(self, step: int) -> bool:
         """Whether all hosts agreed, at this step, that the job must stop. Always False on one host."""

@@ -65,7 +65,7 @@ RULES: dict[str, Any] = {
     "stage": TEXT, "seed": COUNT, "batch_size": SIZE, "dtype": TEXT, "max_nonfinite_steps": SIZE,
     **_durations("total"),
     "model": {
-        **_CLIP, **_TEXT_ENCODER, "components": SIZE, "buckets": Rule(int, 2), "dot_buckets": Rule(int, 2),
+        **_CLIP, **_TEXT_ENCODER, "embed_dim": COUNT, "components": SIZE, "buckets": Rule(int, 2), "dot_buckets": Rule(int, 2),
         "unet": _UNET, "text": _TEXT_ENCODER, "clip_tokens": COUNT, "null_clip": TEXT, "clip_scale": RATE,
         "logit_scale_max": Rule(float, 1),
     },
@@ -253,7 +253,7 @@ def difference(
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, *, accept_changes: bool = False) -> dict[str, Any]:
+def claim_workdir(workdir: epath.PathLike, config: ConfigDict, *, accept_changes: bool = False) -> dict[str, Any]:
     """Writes config.json into a new workdir, or checks that the one there is of the same run.
 
     Returns:
@@ -262,6 +262,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, *, accept_changes: bo
     Raises:
       InputError: the workdir belongs to a run with another config; the differing keys are named.
     """
+    workdir = epath.Path(workdir)
     path = workdir / "config.json"
     changed = {}
     if path.exists():

@@ -18,7 +18,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     Example: `nearest("decodr", ["clip", "decoder"])` is "did you mean 'decoder'?".
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
     if close:
-        return f"did you mean {close[0]!r}?"
+        # Of equally near words the one of the same length: a typo changes a letter more often than it adds three.
+        likeness = [difflib.SequenceMatcher(None, word, name).ratio() for word in close]
+        best = min(zip(close, likeness, strict=True), key=lambda pair: (-pair[1], abs(len(pair[0]) - len(name))))
+        return f"did you mean {best[0]!r}?"
     return "known are " + ", ".join(known)

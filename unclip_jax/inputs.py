@@ -78,6 +78,9 @@ class Input:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's part of the first `limit` examples of the evaluation split, in order."""
         data = self._config.data
+        # Training may be on crops; whoever asks for another size of image wants all of it.
+        trained = self._program.stage.batch_spec(1).get("image")
+        whole = trained is not None and "image" in spec and spec["image"].shape[1:] != trained.shape[1:]
         batches = pipeline.evaluation_batches(
             datasets.open_source(self.directory, data.eval_split),
             spec=spec,
@@ -86,7 +89,7 @@ class Input:
             limit=limit,
             host_index=jax.process_index(),
             host_count=jax.process_count(),
-            crop=data.crop_fraction,
+            crop=1.0 if whole else data.crop_fraction,
             degradation=data.degradation,
             max_bad_fraction=data.max_bad_percent / 100,
         )

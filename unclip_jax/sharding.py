@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from unclip_jax.errors import InputError
 
@@ -24,7 +25,7 @@ BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, str | None]]
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh over `devices` (all of them by default), neighbours innermost.
 
     Args:

@@ -28,7 +28,7 @@ from unclip_jax.inputs import Input, load_frozen
 from unclip_jax.program import build
 from unclip_jax.state import TrainState
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("unclip_jax.train")  # not __main__, which nobody listens to
 
 
 class Stopping:
@@ -75,7 +75,6 @@ class Run:
         self.saver = checkpoint.Checkpointer(
             self.workdir, every_steps=self.every["checkpoint"], keep=config.checkpoint.keep
         )
-        self.writer = metrics.Writer(self.workdir, tensorboard=config.log.tensorboard)
         self.stopping = Stopping(self.saver)
         self.accept_changes = accept_changes
 
@@ -108,6 +107,7 @@ class Run:
         """Trains to the end; returns an exit code."""
         state = self.begin()
         step = int(state.step)
+        self.writer = metrics.Writer(self.workdir, tensorboard=self.config.log.tensorboard)
         try:
             if step < self.program.total_steps:
                 state, step = self._loop(state, step)

@@ -52,7 +52,9 @@ class UpsamplerStage:
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         sample = {"low_res": base.pixels(batch_size, self.low_res_side), "id": base.ids(batch_size)}
-        return {"loss": self.batch_spec(batch_size), "sample": sample, "reconstruct": sample}
+        # The data makes `low_res` out of the whole image, which must be there to be reduced.
+        reconstruct = {**sample, "image": base.pixels(batch_size, self.side)}
+        return {"loss": self.batch_spec(batch_size), "sample": sample, "reconstruct": reconstruct}
 
     def init(self, rng: jax.Array) -> base.Params:
         return self.network.init(rng, jnp.zeros((1, self.crop, self.crop, 6)), jnp.zeros((1,), jnp.int32))

@@ -1,0 +1,126 @@
+"""Kills a training process at random moments, and holds what it makes to a run that nobody killed.
+
+    python tests/survival.py --kills=20 --workdir=/tmp/survival --seed=0
+
+Every start is the same command. It is killed (SIGKILL) at a random moment: while it starts, between steps, and, for it
+saves every third step and keeps two, above all during saves and deletions. In the end it may finish. Checked: each
+start resumes from the newest step that was committed before it, none finds a damaged one, and every loss that any of
+them ever wrote is, bit for bit, that of the run that was never killed. Exit code 0 if all of that held, else 1.
+"""
+
+import argparse
+import pathlib
+import random
+import re
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training_processes import Training, newest_step, rows
+
+from unclip_jax.data import datasets
+
+
+class Survival:
+    """The tally of one trial."""
+
+    def __init__(self, workdir: pathlib.Path, *, steps: int, data_dir: str):
+        self.killed = workdir / "killed"
+        self.unharmed = workdir / "unharmed"
+        self.steps, self.data_dir, self.cache = steps, data_dir, str(workdir / "cache")
+        self.kills = self.kills_in_saves = self.kills_in_starts = self.redone = 0
+        self.faults: list[str] = []
+
+    def start(self, workdir: pathlib.Path) -> Training:
+        """Starts the process; always the same command."""
+        return Training(workdir, steps=self.steps, data_dir=self.data_dir, cache=self.cache)
+
+    def reference(self) -> dict[int, str]:
+        """Returns step -> loss of a run that nobody disturbs."""
+        if (code := self.start(self.unharmed).wait()) != 0:
+            raise RuntimeError(f"the undisturbed run ended with {code}: {self.unharmed}.log")
+        return dict(rows(self.unharmed))
+
+    def attempt(self, rng: random.Random, *, start_seconds: float) -> None:
+        """Starts the process and kills it at a random moment."""
+        before, had = newest_step(self.killed), len(rows(self.killed))
+        training = self.start(self.killed)
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, start_seconds))
+        elif training.wait_for_rows(1):
+            time.sleep(rng.uniform(0, 0.6))
+        training.process.kill()
+        code = training.wait()
+        if code == 0:
+            raise RuntimeError(f"the run of {self.steps} steps ended before it could be killed: give it more --steps")
+        self.kills += 1
+        folder = self.killed / "checkpoints"
+        self.kills_in_saves += any("tmp" in path.name for path in folder.iterdir()) if folder.exists() else 0
+        self.kills_in_starts += len(rows(self.killed)) == had
+        self.check_start(training.log.read_text(), before)
+
+    def check_start(self, log: str, before: int) -> None:
+        """Notes a start that found damage, failed by itself, or resumed from an older step than it might have."""
+        for sign in ("damaged", "Traceback", "error:"):
+            if sign in log:
+                self.faults.append(f"kill {self.kills}: {sign!r} in the log: {log[log.index(sign) :][:500]}")
+        resumed = re.search(r"resuming \S+ at step (\d+)", log)
+        if resumed and int(resumed[1]) != before:
+            self.faults.append(f"kill {self.kills}: resumed from step {resumed[1]}, though {before} was committed")
+        if not resumed and before and "first step" in log:
+            self.faults.append(f"kill {self.kills}: began anew, though {before} was committed")
+
+    def finish(self, reference: dict[int, str]) -> None:
+        """Lets the run end and compares every row."""
+        before = newest_step(self.killed)
+        training = self.start(self.killed)
+        if (code := training.wait()) != 0:
+            self.faults.append(f"the last run ended with {code}")
+        self.check_start(training.log.read_text(), before)
+        written = rows(self.killed)
+        self.redone = len(written) - len(set(step for step, _ in written))
+        self.faults += [f"step {step}: another loss" for step, loss in written if reference.get(step) != loss]
+        if missing := set(reference) - {step for step, _ in written}:
+            self.faults.append(f"steps without a row: {sorted(missing)}")
+
+
+def survive(workdir: pathlib.Path, *, kills: int, seed: int, steps: int, data_dir: str) -> Survival:
+    """Runs the whole trial below `workdir`, which should be empty."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    trial = Survival(workdir, steps=steps, data_dir=data_dir)
+    began = time.monotonic()
+    reference = trial.reference()
+    start_seconds = min(time.monotonic() - began, 6.0)
+    rng = random.Random(seed)
+    while trial.kills < kills:
+        trial.attempt(rng, start_seconds=start_seconds)
+    trial.finish(reference)
+    return trial
+
+
+def main() -> int:
+    """Parses the command line, prepares the data, and prints the tally."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0, help="of the run; by default what that many kills need")
+    options = parser.parse_args()
+    data_dir = str(options.workdir / "data")
+    datasets.prepare("captioned_shapes", data_dir=data_dir, variant="smoke")
+    began = time.monotonic()
+    steps = options.steps or 60 + 40 * options.kills
+    trial = survive(options.workdir, kills=options.kills, seed=options.seed, steps=steps, data_dir=data_dir)
+    for fault in trial.faults[:20]:
+        print(fault)
+    print(
+        f"{trial.kills} kills in {time.monotonic() - began:.0f} s, {trial.kills_in_saves} of them during a save and "
+        f"{trial.kills_in_starts} before a step was logged; {steps} steps, {trial.redone} of them done again; "
+        f"{len(trial.faults)} faults"
+    )
+    return 1 if trial.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The training program: really stopped, really killed, and fed what a user may get wrong."""
+
+import random
+import re
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from small_configs import small
+from survival import survive
+from training_processes import Training, newest_step, rows
+
+from unclip_jax import checkpoint, metrics, sharding, train
+from unclip_jax import config as configs
+from unclip_jax.errors import InputError
+from unclip_jax.stages.clip import CLIPStage
+
+STEPS = 150
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run takes over these signals; pytest wants them back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def config(data_dir):
+    """Six steps of a small CLIP, for runs in this process."""
+    config = configs.load("tests/small_clip.py:6")
+    with config.unlocked():
+        config.data.data_dir = data_dir
+    return config
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(train.sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+
+
+def changed(config: ConfigDict, **values) -> ConfigDict:
+    """A copy with other values, written `optim__eps=1e-6`."""
+    copy = ConfigDict(config.to_dict())
+    for key, value in values.items():
+        copy.update_from_flattened_dict({key.replace("__", "."): value})
+    return copy.lock()
+
+
+def zeros(tree):
+    return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), tree)
+
+
+def save_state(run_or_program, workdir, config, *, step=3, **extra):
+    """Writes a checkpoint of that step, as a run would have."""
+    state = zeros(run_or_program.state).replace(step=jnp.int32(step))
+    saver = checkpoint.Checkpointer(workdir, every_steps=1, keep=2)
+    saver.save(state, config=config, extra=extra)
+    saver.close()
+    return state
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_even_where_its_last_checkpoint_is_damaged(tmp_path, data_dir):
+    def start(name):
+        return Training(tmp_path / name, steps=STEPS, data_dir=data_dir, cache=str(tmp_path / "cache"))
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert start("straight").wait() == 0
+    reference = dict(rows(straight))
+    assert sorted(reference) == list(range(1, STEPS + 1))
+
+    training = start("stopped")
+    assert training.wait_for_rows(20)
+    training.process.send_signal(signal.SIGTERM)
+    assert training.wait() == 42
+    last = rows(stopped)[-1][0]
+    assert 20 <= last < STEPS and newest_step(stopped) == last
+    assert f"stopped at step {last}; run the same command to go on" in training.log.read_text()
+
+    params = stopped / "checkpoints" / str(last) / "params"
+    file = max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    training = start("stopped")
+    assert training.wait() == 0
+    log = training.log.read_text()
+    before = int(re.search(r"resuming from step (\d+), the newest whole checkpoint", log)[1])
+    assert before < last and f"checkpoint {last} of" in log and "damaged and passed over" in log
+    written = rows(stopped)
+    assert [step for step, _ in written] == [*range(1, last + 1), *range(before + 1, STEPS + 1)]
+    assert [reference[step] for step, _ in written] == [loss for _, loss in written]
+    whole = metrics.read(stopped)
+    assert all(whole[step]["grad_norm"] == row["grad_norm"] for step, row in metrics.read(straight).items())
+    evaluated = {name: value for name, value in whole[STEPS].items() if name.startswith("evaluation/")}
+    assert evaluated and evaluated.items() <= metrics.read(straight)[STEPS].items()
+
+    training = start("stopped")  # a run that is over is over
+    assert training.wait() == 0 and rows(stopped) == written
+
+
+def test_three_kills_change_nothing(tmp_path, data_dir):
+    trial = survive(tmp_path, kills=3, seed=random.randrange(1 << 30), steps=STEPS + 100, data_dir=data_dir)
+    assert trial.kills == 3 and not trial.faults
+
+
+def test_a_bad_step_is_skipped_and_too_many_stop_the_run_naming_them(
+    config, one_device, tmp_path, monkeypatch, caplog, data_dir
+):
+    """The loss of the fourth batch is infinite: whether any of its examples, and no other, is there decides it."""
+    probe = train.Input(train.build(config, train.sharding.make_mesh(config.mesh)))
+    batches = probe.training(0)
+    ids = [next(batches)["id"] for _ in range(6)]
+    batches.close()
+    assert len(set(np.concatenate(ids))) == 48
+    loss = CLIPStage.loss
+
+    def poisoned(self, params, frozen, batch, rng, *, train):
+        value, parts = loss(self, params, frozen, batch, rng, train=train)
+        return jnp.where(jnp.isin(batch["id"], ids[3]).any(), jnp.inf, value), parts
+
+    monkeypatch.setattr(CLIPStage, "loss", poisoned)
+    config = changed(config, checkpoint__every_steps=2, checkpoint__keep=9)
+    assert train.Run(config, str(tmp_path / "skips")).run() == 0
+    written = metrics.read(tmp_path / "skips")
+    assert written[4]["loss"] == np.inf and written[4]["skipped_steps"] == 1 and written[4]["streak"] == 1
+    assert written[4]["param_norm"] == written[3]["param_norm"] != written[5]["param_norm"]
+    assert written[6]["skipped_steps"] == 1 and written[6]["streak"] == 0
+    assert checkpoint.steps_of(tmp_path / "skips" / "checkpoints") == [6, 2]  # step 4 was bad
+    assert "step 4 skipped: loss inf" in caplog.text
+
+    config = changed(config, max_nonfinite_steps=1)
+    with pytest.raises(InputError, match="from step 4 ") as error:
+        train.Run(config, str(tmp_path / "stops")).run()
+    assert str([int(i) for i in ids[3]]) in str(error.value)
+    assert checkpoint.steps_of(tmp_path / "stops" / "checkpoints") == [2]
+
+
+def test_a_workdir_of_another_run_is_refused_naming_the_keys(config, one_device, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    configs.claim_workdir(workdir, config)
+    other = changed(config, seed=7, optim__learning_rate=0.5, log__every_steps=2)
+    with pytest.raises(InputError) as error:
+        train.Run(other, str(workdir))
+    assert "config.seed: 0 there, 7 here" in str(error.value) and "config.optim.learning_rate" in str(error.value)
+    assert "log" not in str(error.value)  # how often it logs is the user's to change
+    assert configs.from_json((workdir / "config.json").read_text()).seed == 0
+    train.Run(other, str(workdir), accept_changes=True)
+    assert "resuming with config.seed=7, which was 0" in caplog.text
+
+
+def test_other_data_is_refused_naming_what_differs(config, one_device, tmp_path):
+    run = train.Run(config, str(tmp_path / "run"))
+    data = {**run.input.fingerprint, "examples": 95}
+    save_state(run.program, tmp_path / "run", config, data=data)
+    with pytest.raises(InputError, match="trained on other data .examples was 95, is 96"):
+        train.Run(config, str(tmp_path / "run")).begin()
+    state = train.Run(config, str(tmp_path / "run"), accept_changes=True).begin()
+    assert int(state.step) == 3
+
+
+def test_frozen_networks_are_asked_for_checked_and_read(tmp_path):
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    config = small("prior_diffusion")
+    with pytest.raises(InputError, match=r"config.frozen.clip is not set; .*--config.frozen.clip=runs/clip"):
+        train.load_frozen(train.build(config, mesh))
+    config = small("prior_diffusion", frozen__clip=str(tmp_path))
+    with pytest.raises(InputError, match="holds no checkpoint; it should be the workdir of a training run"):
+        train.load_frozen(train.build(config, mesh))
+
+    clip = small("clip")
+    program = train.build(clip, mesh)
+    ema = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype), program.state.ema)
+    state = zeros(program.state).replace(ema=jax.tree.map(jnp.asarray, ema), step=jnp.int32(9))
+    saver = checkpoint.Checkpointer(tmp_path, every_steps=1, keep=1)
+    saver.save(state, config=clip)
+    saver.close()
+    frozen = train.load_frozen(train.build(config, mesh))
+    assert jax.tree.all(jax.tree.map(np.array_equal, frozen["clip"], ema))
+    other = small("prior_diffusion", frozen__clip=str(tmp_path), clip__text_depth=3)
+    with pytest.raises(InputError, match=r"is not config.clip: text_depth=2 there, 3 here"):
+        train.load_frozen(train.build(other, mesh))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"stage": "prior_difusion"}, "config.stage='prior_difusion' is not a stage; did you mean 'prior_diffusion'"),
+        ({"batch_size": 12}, "config.batch_size=12 does not divide over 8 replicas.* the nearest that does is 8"),
+        ({"data__split": "train[:0]"}, "is empty"),
+        ({"data__split": "trian"}, "no split 'trian'; did you mean 'train'"),
+        ({"data__dataset": "/nowhere"}, "'/nowhere' holds no prepared data set"),
+        ({"data__variant": "smok"}, "did you mean 'smoke'"),
+        ({"model__vocab_size": 100}, "has 2048 entries, the model's vocab_size is 100"),
+        ({"mesh__model": 3}, "model=3, which does not divide over the 8 devices"),
+        ({"optim__schedule": "cosin"}, "config.optim.schedule='cosin' is unknown; did you mean 'cosine'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_trace(config, tmp_path, values, sentence):
+    with pytest.raises(InputError, match=sentence):
+        train.Run(changed(config, **values), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_program_prints_the_sentence_and_exits_with_1(tmp_path, data_dir):
+    training = Training(
+        tmp_path / "run", steps=5, data_dir=data_dir, cache="", options=("--config.data.split=train[:0]",)
+    )
+    assert training.wait() == 1
+    (line,) = [line for line in training.log.read_text().splitlines() if line.startswith("error: ")]
+    assert "is empty" in line
+    assert "Traceback" not in training.log.read_text() and not (tmp_path / "run").exists()
