@@ -76,14 +76,14 @@ def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
                 **durations(warmup_steps=1000),
             },
             "mesh": {"data": -1, "fsdp": 1, "model": 1},
-            # Logical axes of weights -> mesh axes; what is not named is replicated.
+            # Logical axes of weights -> mesh axes; what is not named is replicated. A convolution is split along one
+            # axis only: with both channel axes split, on a data x fsdp x model mesh, XLA's gradients came out wrong.
             "sharding": (
                 ("embed", "fsdp"),
                 ("mlp", "model"),
                 ("heads", "model"),
                 ("vocab", "model"),
-                ("conv_in", "fsdp"),
-                ("conv_out", "model"),
+                ("conv_out", "fsdp"),
             ),
             "checkpoint": {**durations(every_steps=1000), "keep": 3},
             "log": {**durations(every_steps=100), "tensorboard": True, "profile_start": 0, "profile_steps": 0},

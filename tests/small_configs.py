@@ -11,8 +11,8 @@ from unclip_jax.stages import base
 # Sizes by name, wherever the name stands in a config. Depth 2 where blocks are scanned: one would hide a mixed order.
 _SMALL = {
     "patch_size": 8, "vision_stem": (8, 8, 8), "vision_width": 16, "vision_depth": 2, "vision_heads": 2,
-    "text_width": 16, "text_depth": 2, "text_heads": 2, "width": 16, "heads": 2, "embed_dim": 16, "components": 6, "buckets": 8, "dot_buckets": 8,
-    "channels": 32, "channel_mult": (1, 2), "head_channels": 16,
+    "text_width": 16, "text_depth": 2, "text_heads": 2, "width": 16, "heads": 2, "embed_dim": 16, "components": 6,
+    "buckets": 8, "dot_buckets": 8, "channels": 32, "channel_mult": (1, 2), "head_channels": 16,
 }  # fmt: skip
 # Sections whose depth counts blocks of a transformer; a U-Net's counts residual blocks of a level.
 _UNETS = ("unet",)

@@ -65,7 +65,8 @@ RULES: dict[str, Any] = {
     "stage": TEXT, "seed": COUNT, "batch_size": SIZE, "dtype": TEXT, "max_nonfinite_steps": SIZE,
     **_durations("total"),
     "model": {
-        **_CLIP, **_TEXT_ENCODER, "embed_dim": COUNT, "components": SIZE, "buckets": Rule(int, 2), "dot_buckets": Rule(int, 2),
+        **_CLIP, **_TEXT_ENCODER, "embed_dim": COUNT, "components": SIZE, "buckets": Rule(int, 2),
+        "dot_buckets": Rule(int, 2),
         "unet": _UNET, "text": _TEXT_ENCODER, "clip_tokens": COUNT, "null_clip": TEXT, "clip_scale": RATE,
         "logit_scale_max": Rule(float, 1),
     },

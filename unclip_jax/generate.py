@@ -9,7 +9,7 @@ steps as text; `grid.png` shows all of them with their prompts, `manifest.json` 
 
 Sample k of a prompt has the seed `--seed` + k, and the same prompt, seed, models and options make the same image,
 whatever else is asked for. Stopped by SIGTERM or Ctrl-C (exit code 42) it keeps what is written, and the same command
-makes the images that are missing. An empty prompt is refused: the models never saw an empty caption.
+makes the images that are missing. an empty prompt is refused: CLIP never saw an empty caption.
 """
 
 import dataclasses
