@@ -25,6 +25,9 @@ _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 _PLAIN_SECONDS = 20.0  # between two lines about a job in a log
 _STOP_SECONDS = 180.0  # for children to save
+# glibc gives large arrays back to the system after each step and asks for them again for the next: with huge pages and
+# high thresholds a step of a small U-Net took 10 to 16% less CPU time. Other C libraries ignore it.
+_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8294967296"
 _LOCK, _TIMES = ".lock", "times.json"
 _ERROR_LINES = 12
 
@@ -73,6 +76,7 @@ def environment(group: Sequence[int] | None) -> dict[str, str]:
         flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "multi_thread_eigen" not in flag]
         result["XLA_FLAGS"] = " ".join([*flags, "--xla_cpu_multi_thread_eigen=false"])
         result |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        result.setdefault("GLIBC_TUNABLES", _MALLOC)
     return result
 
 
