@@ -17,11 +17,6 @@ from unclip_jax.errors import InputError
 from unclip_jax.state import TrainState
 
 FLIPS = 60
-# Orbax leaves coroutines unawaited when it fails to read a damaged array.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +134,13 @@ def test_it_comes_back_on_another_mesh(saved):
 
 def test_nothing_saved_is_no_error(tmp_path):
     assert restore(tmp_path) is None
+
+
+def test_a_relative_workdir_is_one(tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("runs/clip", 3, config=config)
+    params, _, _, step = checkpoint.load("runs/clip", lambda _: (abstract().params, {}), ema=False)
+    assert step == 3 and same_bits(params, state_at(3).params)
 
 
 def test_no_flipped_bit_is_silent(tmp_path, config):

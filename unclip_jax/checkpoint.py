@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,7 +38,7 @@ class Checkpointer:
 
     def __init__(self, workdir: epath.PathLike, *, every_steps: int, keep: int):
         """Opens `workdir/checkpoints`; a step is saved every `every_steps`, and the last `keep` are kept."""
-        self._directory = epath.Path(workdir) / FOLDER
+        self._directory = absolute(workdir) / FOLDER
         self._every_steps = max(every_steps, 1)
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=self._every_steps,
@@ -125,6 +126,12 @@ class Checkpointer:
         self._manager.close()
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Returns a local path as an absolute one, which Orbax insists on, `~` expanded; gs://… and the like as it is."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.expanduser().absolute()
+
+
 def steps_of(directory: epath.PathLike) -> list[int]:
     """Returns the steps that have a folder, newest first, whole or not."""
     directory = epath.Path(directory)
@@ -154,7 +161,7 @@ def load(
     Raises:
       InputError: there is no run, no such step, or no whole checkpoint.
     """
-    directory = epath.Path(workdir) / FOLDER
+    directory = absolute(workdir) / FOLDER
     steps = steps_of(directory)
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint; it should be the workdir of a training run")

@@ -67,7 +67,7 @@ def folders(models: str | Mapping[str, str]) -> dict[str, str]:
             if name not in STAGES:
                 raise InputError(f"there is no part {name!r}; {nearest(name, STAGES)}")
         return dict(models)
-    root = epath.Path(models).expanduser()
+    root = checkpoint.absolute(models)
     if not root.is_dir():
         raise InputError(f"there is no folder {models!r}; it should hold trained {', '.join(STAGES)}")
     found = {name: str(root / name) for name in STAGES if checkpoint.steps_of(root / name / checkpoint.FOLDER)}
@@ -140,8 +140,8 @@ def check_clip(parts: Mapping[str, Part]) -> None:
 
 def _check_weights(part: Part, clip: Part) -> None:
     """Compares CLIP's weights with those in the folder that the part's run names, where that is another one."""
-    named = epath.Path(part.config.frozen.clip).expanduser()
-    if named.absolute() == epath.Path(clip.workdir).expanduser().absolute():
+    named = checkpoint.absolute(part.config.frozen.clip)
+    if named == checkpoint.absolute(clip.workdir):
         return
     if not checkpoint.steps_of(named / checkpoint.FOLDER):
         return  # moved or removed; the equal configs are all there is to compare

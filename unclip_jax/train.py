@@ -58,7 +58,7 @@ class Run:
     """One training run: restores or begins, then steps to the end or until it is told to stop."""
 
     def __init__(self, config: ConfigDict, workdir: str, *, accept_changes: bool = False):
-        self.config, self.workdir = config, epath.Path(workdir).expanduser()
+        self.config, self.workdir = config, checkpoint.absolute(workdir)
         self.program = build(config, sharding.make_mesh(config.mesh))
         # Everything that can be wrong with the input is found before anything is written.
         self.frozen = load_frozen(self.program)

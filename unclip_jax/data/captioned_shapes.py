@@ -25,6 +25,7 @@ from unclip_jax.data.scenes import (
     SIZES,
     TEXTURES,
     Scene,
+    abridge,
     caption,
     scene_at,
 )
@@ -43,6 +44,7 @@ class CaptionedShapesConfig(tfds.core.BuilderConfig):
     validation: int = 1000
     unseen: int = 1000
     two_object_fraction: float = 0.5
+    detail: float = 1.0
 
 
 class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
@@ -52,6 +54,8 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS: ClassVar[list[CaptionedShapesConfig]] = [
         CaptionedShapesConfig(name="smoke", resolution=64, train=96, validation=32, unseen=32),
         CaptionedShapesConfig(name="tiny", resolution=64, train=8000, validation=1000, unseen=1000),
+        CaptionedShapesConfig(name="x50", resolution=64, train=8000, validation=1000, unseen=1000, detail=0.5),
+        CaptionedShapesConfig(name="x50b", resolution=64, train=8000, validation=1000, unseen=1000, detail=0.5, two_object_fraction=0.25),
         CaptionedShapesConfig(name="base", resolution=256, train=50000, validation=2000, unseen=2000),
     ]
 
@@ -95,7 +99,8 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
                 seed=SEED, split=split, index=index, two_object_fraction=config.two_object_fraction
             )
             image = encode_png(render(scene, config.resolution))
-            yield index, {"image": image, "caption": caption(scene), "id": index, **truth(scene)}
+            said = abridge(np.random.default_rng([SEED, index]), scene, detail=config.detail) if split == "train" else scene
+            yield index, {"image": image, "caption": caption(said), "id": index, **truth(scene)}
 
 
 def _classes(names: Any, length: int) -> tfds.features.Sequence:

@@ -1,10 +1,12 @@
 """Scenes of one or two coloured shapes, and the grammar of their captions.
 
 A scene is a description (what the caption says) and a placement per object (what it leaves open: where, how big
-exactly, turned how far). Descriptions and captions determine each other: `parse_caption(caption(d)) == d`.
+exactly, turned how far). Descriptions and captions determine each other: `parse_caption(caption(d)) == d`. A caption
+may also say less than is seen (`abridge`), as people's captions do.
 
     a large green triangle on a white background
     a small striped red star left of a large blue circle on a grey background
+    an orange heart
 
 Lengths are fractions of the image's side; x runs right and y runs down. Nothing here knows of pixels; those are
 `data/scene_rendering.py`. This module needs NumPy alone.
@@ -50,7 +52,10 @@ _SIDE_JITTER = 0.08  # of two objects, across the line that joins them: less tha
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a caption says of one object: words of `SIZES`, `TEXTURES`, `COLOURS` and `SHAPES`."""
+    """What a caption says of one object: words of `SIZES`, `TEXTURES`, `COLOURS` and `SHAPES`.
+
+    Size and colour may be "": not said. A shape is always named, and an object is solid unless a texture is.
+    """
 
     size: str
     texture: str
@@ -65,7 +70,7 @@ class Description:
     Attributes:
       kinds: one or two objects, in the caption's order.
       relation: how the first object lies to the second, a word of `RELATIONS`; "" with one object.
-      background: a word of `BACKGROUNDS`.
+      background: a word of `BACKGROUNDS`, or "": not said.
     """
 
     kinds: tuple[Kind, ...]
@@ -190,21 +195,40 @@ def _place_pair(rng: np.random.Generator, kinds: tuple[Kind, ...], relation: str
     )
 
 
+def abridge(rng: np.random.Generator, description: Description, *, detail: float) -> Description:
+    """Leaves out each size, each colour and the background with probability 1 - detail, each on its own.
+
+    Full captions teach CLIP no shapes for a long time: with 8 colours, 2 sizes, 3 textures and 4 backgrounds, hardly
+    any two captions of a batch differ in the shape alone, so that nothing else than the shape could tell them apart.
+    """
+    kinds = tuple(
+        dataclasses.replace(
+            kind,
+            size=kind.size if rng.random() < detail else "",
+            colour=kind.colour if rng.random() < detail else "",
+        )
+        for kind in description.kinds
+    )
+    return Description(kinds, description.relation, description.background if rng.random() < detail else "")
+
+
 def caption(description: Description) -> str:
     """The one caption of a scene or description, lower case, without a full stop."""
     phrases = [_phrase(kind) for kind in description.kinds]
-    return f"{f' {description.relation} '.join(phrases)} on a {description.background} background"
+    where = f" on a {description.background} background" if description.background else ""
+    return f" {description.relation} ".join(phrases) + where
 
 
 def _phrase(kind: Kind) -> str:
-    texture = "" if kind.texture == "solid" else f"{kind.texture} "
-    return f"a {kind.size} {texture}{kind.colour} {kind.shape}"
+    texture = "" if kind.texture == "solid" else kind.texture
+    words = " ".join(word for word in (kind.size, texture, kind.colour, kind.shape) if word)
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _pattern() -> re.Pattern[str]:
     textures = [texture for texture in TEXTURES if texture != "solid"]
-    kind = f"a ({'|'.join(SIZES)}) (?:({'|'.join(textures)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-    return re.compile(f"{kind}(?: ({'|'.join(RELATIONS)}) {kind})? on a ({'|'.join(BACKGROUNDS)}) background")
+    kind = "an? " + "".join(f"(?:({'|'.join(words)}) )?" for words in (SIZES, textures, COLOURS)) + f"({'|'.join(SHAPES)})"
+    return re.compile(f"{kind}(?: ({'|'.join(RELATIONS)}) {kind})?(?: on a ({'|'.join(BACKGROUNDS)}) background)?")
 
 
 _CAPTION = _pattern()
@@ -222,8 +246,8 @@ def parse_caption(text: str) -> Description:
             f"{text[:120]!r} is not a caption of captioned_shapes; one looks like "
             "'a small striped red star left of a large blue circle on a grey background'"
         )
-    words = match.groups()
-    first, relation, second, background = words[:4], words[4] or "", words[5:9], words[9]
+    words = match.groups(default="")
+    first, relation, second, background = words[:4], words[4], words[5:9], words[9]
     kinds = tuple(
         Kind(size, texture or "solid", colour, shape)
         for size, texture, colour, shape in ((first, second) if relation else (first,))
