@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import signal
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from small_configs import small
 from survival import survive
 from training_processes import Training, newest_step, rows
+from untrained_models import write
 
 from unclip_jax import checkpoint, metrics, sharding, train
 from unclip_jax import config as configs
@@ -135,6 +137,11 @@ def test_a_bad_step_is_skipped_and_too_many_stop_the_run_naming_them(
     assert checkpoint.steps_of(tmp_path / "skips" / "checkpoints") == [6, 2]  # step 4 was bad
     assert "step 4 skipped: loss inf" in caplog.text
 
+    # At the end there is no later step to save: the weights of the step before are kept.
+    last = changed(config, total_steps=4, checkpoint__every_steps=100)
+    assert train.Run(last, str(tmp_path / "last")).run() == 0
+    assert checkpoint.steps_of(tmp_path / "last" / "checkpoints") == [4]
+
     config = changed(config, max_nonfinite_steps=1)
     with pytest.raises(InputError, match="from step 4 ") as error:
         train.Run(config, str(tmp_path / "stops")).run()
@@ -159,10 +166,48 @@ def test_other_data_is_refused_naming_what_differs(config, one_device, tmp_path)
     run = train.Run(config, str(tmp_path / "run"))
     data = {**run.input.fingerprint, "examples": 95}
     save_state(run.program, tmp_path / "run", config, data=data)
-    with pytest.raises(InputError, match="trained on other data .examples was 95, is 96"):
+    with pytest.raises(InputError, match="trained on other input .examples was 95, is 96"):
         train.Run(config, str(tmp_path / "run")).begin()
     state = train.Run(config, str(tmp_path / "run"), accept_changes=True).begin()
     assert int(state.step) == 3
+
+
+def test_another_clip_at_the_same_place_is_noticed(one_device, tmp_path, data_dir):
+    config = small("prior_diffusion", frozen__clip=str(tmp_path / "clip"), data__data_dir=data_dir)
+    for seed in (0, 1):
+        write(tmp_path, "clip", seed=seed)
+        run = train.Run(config, str(tmp_path / "run"))
+        if seed == 0:
+            save_state(run.program, tmp_path / "run", config, data=run.fingerprint)
+            assert int(run.begin().step) == 3
+            shutil.rmtree(tmp_path / "clip")
+    with pytest.raises(InputError, match="trained on other input .frozen.clip was"):
+        run.begin()
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("evaluation__evaluators", ("los",), "has 'los'; did you mean 'loss'"),
+    ("evaluation__evaluators", ("pictures",), "needs 'reconstruct', which this stage does not predict"),
+    ("data__eval_split", "valid", "valid"),
+    ("data__workers", 2, "config.data.workers=2"),
+])
+def test_what_cannot_be_read_or_evaluated_is_found_before_anything_is_written(
+    config, one_device, tmp_path, key, value, message
+):
+    wrong = changed(config, data__cache=True, **{key: value})
+    with pytest.raises(InputError, match=message):
+        train.Run(wrong, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_a_kill_took_is_made_up_for(config, one_device, tmp_path):
+    workdir = tmp_path / "run"
+    assert train.Run(config, str(workdir)).run() == 0
+    file = workdir / metrics.JSONL
+    whole = file.read_text()
+    file.write_text("".join(line for line in whole.splitlines(True) if "evaluation/" not in line))
+    assert train.Run(config, str(workdir)).run() == 0
+    assert file.read_text().splitlines()[-1] == whole.splitlines()[-1]
 
 
 def test_frozen_networks_are_asked_for_checked_and_read(tmp_path):

@@ -25,15 +25,20 @@ def write(folder: pathlib.Path, name: str, *, seed: int = 0, **overrides: Any) -
             config.frozen.clip = str(folder / "clip")
     stage = base.create(config)
     key = jax.random.key(0)
-    rng = np.random.default_rng(seed)
-    abstract = nn.meta.unbox(jax.eval_shape(stage.init, key))
-    params = jax.tree_util.tree_map_with_path(lambda path, x: _weights(rng, path, x.shape), abstract)
+    params = _drawn(stage, seed)
     statistics = jax.jit(lambda: stage.init_frozen(key).get("statistics", {}))()
     state = TrainState.create(params, optax.sgd(0.0).init(params), statistics)
     saver = checkpoint.Checkpointer(folder / name, every_steps=1, keep=1)
-    saver.save(state, config=config)
+    clip = {"frozen.clip": checkpoint.fingerprint(_drawn(base.create(small("clip")), 0))} if config.get("frozen") else {}
+    saver.save(state, config=config, extra={"data": clip})
     saver.close()
     return folder / name
+
+
+def _drawn(stage: base.Stage, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    abstract = nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(lambda path, x: _weights(rng, path, x.shape), abstract)
 
 
 def _weights(rng: np.random.Generator, path: Any, shape: tuple[int, ...]) -> jax.Array:

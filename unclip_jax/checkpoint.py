@@ -140,6 +140,11 @@ def steps_of(directory: epath.PathLike) -> list[int]:
     return sorted((int(path.name) for path in directory.iterdir() if re.fullmatch(r"\d+", path.name)), reverse=True)
 
 
+def trained_on(workdir: epath.PathLike, step: int) -> dict[str, Any]:
+    """Returns what a step's run was trained on: fingerprints of its data, tokenizer and frozen networks."""
+    return _read_meta(absolute(workdir) / FOLDER, step).get("data", {})
+
+
 def load(
     workdir: epath.PathLike,
     abstract: Callable[[ConfigDict], tuple[Any, Any]],
@@ -266,6 +271,11 @@ def digest(tree: Any) -> Any:
     element changes the sum, because odd numbers have inverses modulo 2^32. Large arrays are summed where they are.
     """
     return jax.tree.map(lambda x: _host_digest(x) if _is_small(x) else _device_digest(x), tree)
+
+
+def fingerprint(tree: Any) -> str:
+    """Returns 16 hexadecimal digits that stand for the names, shapes, dtypes and bits of a tree of arrays."""
+    return hashlib.sha256(json.dumps(_described(tree), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is_small(x: Any) -> bool:

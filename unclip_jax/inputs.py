@@ -30,6 +30,10 @@ class Input:
             if builtin
             else str(epath.Path(data.dataset).expanduser())
         )
+        if data.cache and data.workers:
+            raise InputError(
+                f"config.data.cache=True leaves nothing for config.data.workers={data.workers} to do; set one of them off"
+            )
         fields = program.stage.batch_spec(1)
         reads_text = any(name.endswith("tokens") for name in fields)
         self.tokenizer = Tokenizer(data.vocabulary) if reads_text else None
@@ -42,6 +46,10 @@ class Input:
             **datasets.fingerprint(self.directory, data.split),
             "tokenizer": self.tokenizer.digest if self.tokenizer else "",
         }
+
+    def check_evaluation(self) -> None:
+        """Opens the evaluation split, so that one that is not there is found before the first step."""
+        datasets.open_source(self.directory, self._config.data.eval_split)
 
     def _batches(self, *, seed: int, start_step: int):
         data, config = self._config.data, self._config

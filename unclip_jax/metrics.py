@@ -25,7 +25,8 @@ class Writer:
     """Writes scalars and pictures of a run into its workdir.
 
     Scalars are rows of `metrics.jsonl`, `{"step": …, name: value, …}`, flushed one by one so that a killed run has
-    them; a resumed run appends, and a step's last row counts. Pictures are PNG files under `pictures/`.
+    them. A resumed run appends; the rows of a step are read as one, later values in the place of earlier ones.
+    Pictures are PNG files under `pictures/`.
     """
 
     def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = False):
@@ -77,7 +78,7 @@ class Writer:
 
 
 def read(workdir: epath.PathLike) -> dict[int, dict[str, float]]:
-    """Returns {step: row} of a run's JSONL; rows that a kill cut short are left out, a step's last row counts."""
+    """Returns {step: row} of a run's JSONL; rows that a kill cut short are left out."""
     rows: dict[int, dict[str, float]] = {}
     path = epath.Path(workdir) / JSONL
     for line in path.read_text().splitlines() if path.exists() else []:

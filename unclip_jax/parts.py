@@ -77,7 +77,7 @@ def folders(models: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def read(name: str, folder: str, mesh: jax.sharding.Mesh, *, weights: str, sampling: Mapping[str, Any]) -> Part:
-    """Reads one part's newest whole checkpoint."""
+    """Reads one part's newest whole checkpoint; of CLIP always the moving average, which the others were trained on."""
 
     def abstract(config: ConfigDict) -> tuple[Any, Any]:
         if config.stage != STAGES[name]:
@@ -88,7 +88,7 @@ def read(name: str, folder: str, mesh: jax.sharding.Mesh, *, weights: str, sampl
         params, statistics = (_placed(tree, config, mesh) for tree in trees)
         return params, statistics
 
-    params, statistics, config, step = checkpoint.load(folder, abstract, ema=weights == "ema")
+    params, statistics, config, step = checkpoint.load(folder, abstract, ema=weights == "ema" or name == "clip")
     config = with_sampling(config, sampling, name=name)
     _LOG.info("%s: step %d of %s", name, step, folder)
     return Part(name, folder, base.create(config), config, params, statistics, step)
@@ -139,19 +139,12 @@ def check_clip(parts: Mapping[str, Part]) -> None:
 
 
 def _check_weights(part: Part, clip: Part) -> None:
-    """Compares CLIP's weights with those in the folder that the part's run names, where that is another one."""
-    named = checkpoint.absolute(part.config.frozen.clip)
-    if named == checkpoint.absolute(clip.workdir):
-        return
-    if not checkpoint.steps_of(named / checkpoint.FOLDER):
-        return  # moved or removed; the equal configs are all there is to compare
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), clip.params)
-    theirs, *_ = checkpoint.load(named, lambda config: (abstract, {}))
-    same = jax.tree.map(lambda a, b: int(a) == int(b), checkpoint.digest(theirs), checkpoint.digest(clip.params))
-    if not all(jax.tree.leaves(same)):
+    """Compares CLIP's weights with those that the part's run recorded of the CLIP it read."""
+    theirs = checkpoint.trained_on(part.workdir, part.step).get("frozen.clip")
+    if theirs not in (None, checkpoint.fingerprint(clip.params)):
         raise InputError(
-            f"{part.name} was trained on the CLIP in {named}, whose weights are not those in {clip.workdir}; "
-            f"give that one as clip, or train {part.name} on this one"
+            f"{part.name} was trained on the CLIP that was in {part.config.frozen.clip}, whose weights are not those in "
+            f"{clip.workdir}; give that one as clip, or train {part.name} on this one"
         )
 
 

@@ -60,23 +60,45 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: str, *, accept_changes: bool = False):
         self.config, self.workdir = config, checkpoint.absolute(workdir)
         self.program = build(config, sharding.make_mesh(config.mesh))
-        # Everything that can be wrong with the input is found before anything is written.
-        self.frozen = load_frozen(self.program)
-        self.input = Input(self.program)
-        changed = configs.claim_workdir(self.workdir, config, accept_changes=accept_changes)
-        for key, (old, new) in changed.items():
-            _LOG.warning("resuming with config.%s=%r, which was %r", key, new, old)
         total = self.program.total_steps
         self.every = {
             section: configs.duration(config[section], "every", batch_size=config.batch_size, total_steps=total)
             for section in ("checkpoint", "log", "evaluation")
         }
         self.every["log"] = max(self.every["log"], 1)  # 2% of a short run is less than a step
+        # Everything that can be wrong with the input is found before anything is written.
+        self.frozen = load_frozen(self.program)
+        self.input = Input(self.program)
+        # What the losses depend on beside the config and the data.
+        networks = {f"frozen.{name}": checkpoint.fingerprint(tree) for name, tree in self.frozen.items()}
+        self.fingerprint = {**self.input.fingerprint, **networks}
+        self.evaluators = self._evaluators()
+        changed = configs.claim_workdir(self.workdir, config, accept_changes=accept_changes)
+        for key, (old, new) in changed.items():
+            _LOG.warning("resuming with config.%s=%r, which was %r", key, new, old)
         self.saver = checkpoint.Checkpointer(
             self.workdir, every_steps=self.every["checkpoint"], keep=config.checkpoint.keep
         )
         self.stopping = Stopping(self.saver)
         self.accept_changes = accept_changes
+
+    def _evaluators(self) -> list[evaluators.Evaluator]:
+        """Returns the evaluators that the config names; none where it never evaluates."""
+        config = self.config.evaluation
+        if not self.every["evaluation"]:
+            return []
+        self.input.check_evaluation()
+        return [
+            evaluators.create(
+                name,
+                predict=self.program.predict,
+                specs=self.program.stage.predict_specs(config.batch_size),
+                data=self.input.evaluation,
+                put=functools.partial(sharding.put_batch, sharding=self.program.batch_sharding),
+                config=config,
+            )
+            for name in config.evaluators
+        ]
 
     def begin(self) -> TrainState:
         """Returns the newest whole checkpoint's state, or a new one at step 0."""
@@ -94,12 +116,12 @@ class Run:
         state, meta = restored
         differing = {
             key: (meta.get("data", {}).get(key), value)
-            for key, value in self.input.fingerprint.items()
+            for key, value in self.fingerprint.items()
             if meta.get("data", {}).get(key) != value
         }
         if differing and not self.accept_changes:
             named = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in differing.items())
-            raise InputError(f"{self.workdir} was trained on other data ({named}); restore it, or --accept_changes")
+            raise InputError(f"{self.workdir} was trained on other input ({named}); restore it, or --accept_changes")
         _LOG.info("resuming %s at step %d", self.workdir, int(state.step))
         return state
 
@@ -111,10 +133,16 @@ class Run:
         try:
             if step < self.program.total_steps:
                 state, step = self._loop(state, step)
+            elif not self._is_evaluated(step):  # killed after the last save
+                self._evaluate(state, step)
         finally:
             self.writer.close()
             self.saver.close()
         return programs.DONE if step >= self.program.total_steps else programs.REQUEUE
+
+    def _is_evaluated(self, step: int) -> bool:
+        row = metrics.read(self.workdir).get(step, {})
+        return not self.evaluators or any(name.startswith("evaluation/") for name in row)
 
     def _loop(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         program, config = self.program, self.config
@@ -143,12 +171,13 @@ class Run:
             stop = self.stopping.at(step)
             if stop or self.saver.due(step) or step == program.total_steps:
                 guard.drain()
-                if guard.last_step_good:
-                    self.saver.save(state, config=config, extra={"data": self.input.fingerprint})
+                # A skipped step is not saved, unless it is the last: its weights are those of the step before.
+                if guard.last_step_good or stop or step == program.total_steps:
+                    self.saver.save(state, config=config, extra={"data": self.fingerprint})
             if stop:
                 _LOG.info("stopped at step %d; run the same command to go on", step)
                 break
-            if self.every["evaluation"] and (step % self.every["evaluation"] == 0 or step == program.total_steps):
+            if self.evaluators and (step % self.every["evaluation"] == 0 or step == program.total_steps):
                 self._evaluate(state, step)
                 progress.restart_clock()
         progress.close()
@@ -166,15 +195,7 @@ class Run:
         """Runs the evaluators that the config names, on the moving average."""
         frozen = {**self.frozen, "statistics": state.statistics}
         scalars = {}
-        for name in self.config.evaluation.evaluators:
-            evaluator = evaluators.create(
-                name,
-                predict=self.program.predict,
-                specs=self.program.stage.predict_specs(self.config.evaluation.batch_size),
-                data=self.input.evaluation,
-                put=functools.partial(sharding.put_batch, sharding=self.program.batch_sharding),
-                config=self.config.evaluation,
-            )
+        for evaluator in self.evaluators:
             for key, value in evaluator.run(state.ema, frozen):
                 if np.ndim(value):
                     self.writer.picture(step, key, np.asarray(value))

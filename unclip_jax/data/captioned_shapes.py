@@ -56,6 +56,7 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
         CaptionedShapesConfig(name="tiny", resolution=64, train=8000, validation=1000, unseen=1000),
         CaptionedShapesConfig(name="x50", resolution=64, train=8000, validation=1000, unseen=1000, detail=0.5),
         CaptionedShapesConfig(name="x50b", resolution=64, train=8000, validation=1000, unseen=1000, detail=0.5, two_object_fraction=0.25),
+        CaptionedShapesConfig(name="x35b", resolution=64, train=8000, validation=1000, unseen=1000, detail=0.35, two_object_fraction=0.25),
         CaptionedShapesConfig(name="base", resolution=256, train=50000, validation=2000, unseen=2000),
     ]
 

@@ -18,6 +18,7 @@ from unclip_jax.data import degradations, images, resize
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
 
+_LOG = logging.getLogger(__name__)
 IMAGE_FIELDS = ("image", "clip_image", "low_res")
 TOKEN_FIELDS = ("tokens", "clip_tokens")
 FIELDS = (*IMAGE_FIELDS, *TOKEN_FIELDS, "id")
@@ -234,7 +235,7 @@ class CachedExamples(Examples):
             if name in preparation.shapes and tokenizer is not None:
                 self._kept[name] = tokenizer.encode(captions, preparation.shapes[name][0])
         size = sum(values.nbytes for values in self._kept.values())
-        logging.info("%d examples are kept in memory: %.1f MB", len(source), size / 1e6)
+        _LOG.info("%d examples are kept in memory: %.1f MB", len(source), size / 1e6)
 
     def _allocate(self) -> Fields:
         todo = self.preparation

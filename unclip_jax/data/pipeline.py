@@ -21,6 +21,7 @@ from unclip_jax.data.examples import Bad, CachedExamples, Examples, Fields, Prep
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
 
+_LOG = logging.getLogger(__name__)
 CACHES = ("none", "memory")
 Spec = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -67,7 +68,7 @@ class Batches(Iterator[Fields]):
         for one in found:
             if one.index not in self.bad:
                 self.bad[one.index] = one
-                logging.warning("example %d (%s) is skipped: %s", one.index, one.name, one.reason)
+                _LOG.warning("example %d (%s) is skipped: %s", one.index, one.name, one.reason)
         if len(self.bad) > self._allowed:
             raise InputError(
                 f"{len(self.bad)} examples cannot be used, more than the {self._allowed} that max_bad_fraction allows: "

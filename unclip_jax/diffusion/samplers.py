@@ -153,8 +153,7 @@ def sample(
       InputError: for an unknown method, timesteps the process does not have, an eta outside [0, 1], or "analytic"
         without variances.
     """
-    _check(diffusion, method=method, eta=eta, x_start_variance=x_start_variance)
-    process = diffusion.respaced(timesteps)
+    process = check(diffusion, method=method, timesteps=timesteps, eta=eta, x_start_variance=x_start_variance)
     count, batch, shape = len(process.timesteps), x_T.shape[0], x_T.shape[1:]
     x_T = x_T.astype(jnp.float32)
 
@@ -250,9 +249,15 @@ def _predict(
     return x_start, process.eps_from_x_start(x_start, x_t=x_t, t=t), v_range
 
 
-def _check(
-    diffusion: GaussianDiffusion, *, method: str, eta: int | float, x_start_variance: Float[Array, "T"] | None
-) -> None:
+def check(
+    diffusion: GaussianDiffusion,
+    *,
+    method: str,
+    timesteps: int | str | Int[np.ndarray, "n"],
+    eta: int | float,
+    x_start_variance: Float[Array, "T"] | None = None,
+) -> GaussianDiffusion:
+    """Returns the process at the sampled timesteps; raises what `sample` would, before there is anything to sample."""
     if method not in METHODS:
         raise InputError(f"unknown sampling method {method!r}: {nearest(method, METHODS)}")
     if not 0 <= eta <= 1:
@@ -266,3 +271,4 @@ def _check(
             f"x_start_variance has shape {x_start_variance.shape}, but must hold one number for each of the process's "
             f"{diffusion.num_timesteps} timesteps"
         )
+    return diffusion.respaced(timesteps)

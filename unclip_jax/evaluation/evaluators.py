@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
@@ -52,13 +53,17 @@ class Evaluator:
         self.predict, self.specs, self.data, self.put, self.config = predict, specs, data, put, config
 
     def batches(self, *names: str) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Yields (device batch, mask) with the fields that the named functions read."""
+        """Yields (device batch, mask of the global batch) with the fields that the named functions read."""
         spec: dict[str, jax.ShapeDtypeStruct] = {}
         for name in names:
             spec |= self.specs[name]
         for batch in self.data(spec, limit=self.config.examples, batch_size=self.config.batch_size):
-            mask = batch.pop("mask")
-            yield self.put(batch), mask
+            placed = self.put(batch)
+            yield placed, self.get(placed.pop("mask"))
+
+    def get(self, x: jax.Array) -> np.ndarray:
+        """Returns all of an array that is spread over devices and hosts; every host must ask."""
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
     def run(self, params: Any, frozen: Any) -> Iterator[tuple[str, float | np.ndarray]]:
         """Measures."""
@@ -93,8 +98,8 @@ class Retrieval(Evaluator):
         z_i, z_t = [], []
         for batch, mask in self.batches("z_i", "z_t"):
             key = jax.random.key(0)
-            z_i.append(np.asarray(self.predict["z_i"](params, frozen, batch, key))[mask])
-            z_t.append(np.asarray(self.predict["z_t"](params, frozen, batch, key))[mask])
+            z_i.append(self.get(self.predict["z_i"](params, frozen, batch, key))[mask])
+            z_t.append(self.get(self.predict["z_t"](params, frozen, batch, key))[mask])
         likeness = np.concatenate(z_i) @ np.concatenate(z_t).T
         # Ties go by the order of the captions: a model that says always the same is at chance, not perfect.
         order = np.argsort(-likeness, axis=1, kind="stable")
@@ -112,8 +117,8 @@ class Embedding(Evaluator):
         own, other = [], []
         for number, (batch, mask) in enumerate(self.batches("sample_z_i", "z_i")):
             key = jax.random.key(number)
-            sampled = np.asarray(self.predict["sample_z_i"](params, frozen, batch, key))[mask]
-            true = np.asarray(self.predict["z_i"](params, frozen, batch, key))[mask]
+            sampled = self.get(self.predict["sample_z_i"](params, frozen, batch, key))[mask]
+            true = self.get(self.predict["z_i"](params, frozen, batch, key))[mask]
             own.append((sampled * true).sum(-1))
             other.append((sampled * np.roll(true, 1, axis=0)).sum(-1))
         yield "cosine", float(np.concatenate(own).mean())
@@ -127,7 +132,7 @@ class Pictures(Evaluator):
 
     def run(self, params, frozen):
         batch, mask = next(self.batches("reconstruct"))
-        images = np.asarray(self.predict["reconstruct"](params, frozen, batch, jax.random.key(0)))
+        images = self.get(self.predict["reconstruct"](params, frozen, batch, jax.random.key(0)))
         yield "samples", grid(images[mask][:64])
 
 

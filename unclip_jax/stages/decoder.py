@@ -28,6 +28,7 @@ class DecoderStage:
         self.clip = base.clip_network(config)
         self.diffusion = denoising.process(config.diffusion)
         self.sampling = config.sampling
+        self.sampler = denoising.sampler(self.diffusion, config.sampling)
         self.drop = config.drop
         self.side = config.model.unet.image_size
         text = config.model.get("text")
@@ -101,16 +102,12 @@ class DecoderStage:
             return self.network.apply(params, x_t, t, conditioning, method="denoise")
 
         shape = (self.side, self.side, 3)
-        return samplers.sample(
-            self.diffusion,
+        return self.sampler(
             classifier_free(
                 denoise, condition(False), condition(True), scale=self.sampling.guidance_scale, guided_channels=3
             ),
             samplers.initial_noise(keys, shape) if x_T is None else x_T,
             keys,
-            method=self.sampling.method,
-            timesteps=denoising.timesteps(self.sampling),
-            eta=self.sampling.eta,
         )
 
     def predict_fns(self) -> dict[str, base.Predict]:

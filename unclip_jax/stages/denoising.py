@@ -1,5 +1,6 @@
 """What the diffusion stages share: the process from a config, and one training loss."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.gaussian import GaussianDiffusion
 from unclip_jax.models.clip import CLIP
 from unclip_jax.stages import base
@@ -25,9 +27,17 @@ def process(config: ConfigDict) -> GaussianDiffusion:
     )
 
 
-def timesteps(sampling: ConfigDict) -> int | str:
-    """Returns `sampling.timesteps` as samplers want it: a number of steps, or a named subset such as "fast27"."""
-    return int(sampling.timesteps) if sampling.timesteps.isdigit() else sampling.timesteps
+def sampler(diffusion: GaussianDiffusion, sampling: ConfigDict) -> Callable[..., Array]:
+    """Returns `samplers.sample` as `config.sampling` sets it: a function of (denoise_fn, x_T, keys).
+
+    Raises:
+      InputError: an unknown method, timesteps that the process does not have, or an eta outside [0, 1].
+    """
+    # A number of steps, or a named subset such as "fast27".
+    timesteps = int(sampling.timesteps) if sampling.timesteps.isdigit() else sampling.timesteps
+    chosen = {"method": sampling.method, "timesteps": timesteps, "eta": sampling.eta}
+    samplers.check(diffusion, **chosen)
+    return functools.partial(samplers.sample, diffusion, **chosen)
 
 
 def loss(

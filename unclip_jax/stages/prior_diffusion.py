@@ -29,6 +29,7 @@ class DiffusionPriorStage:
         self.clip = base.clip_network(config)
         self.diffusion = denoising.process(config.diffusion)
         self.sampling = config.sampling
+        self.sampler = denoising.sampler(self.diffusion, config.sampling)
         self.drop = config.drop
         self.scale = config.embedding_scale
         self.context_length = config.model.context_length
@@ -89,15 +90,7 @@ class DiffusionPriorStage:
 
         def draw(candidate):
             candidate_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, candidate)
-            return samplers.sample(
-                self.diffusion,
-                denoiser,
-                samplers.initial_noise(candidate_keys, (d,)),
-                candidate_keys,
-                method=self.sampling.method,
-                timesteps=denoising.timesteps(self.sampling),
-                eta=self.sampling.eta,
-            )
+            return self.sampler(denoiser, samplers.initial_noise(candidate_keys, (d,)), candidate_keys)
 
         drawn = base.normalize(jax.lax.map(draw, jnp.arange(candidates)))
         best = jnp.argmax(jnp.einsum("cbd,bd->cb", drawn, z_t), 0)

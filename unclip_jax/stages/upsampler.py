@@ -28,7 +28,8 @@ class UpsamplerStage:
     def __init__(self, config: ConfigDict):
         self.network = base.network(UNet, config.unet, base.compute_dtype(config), where="config.unet")
         self.diffusion = denoising.process(config.diffusion)
-        self.sampling = config.sampling
+        self.temperature = config.sampling.temperature
+        self.sampler = denoising.sampler(self.diffusion, config.sampling)
         self.side, self.low_res_side = config.unet.image_size, config.low_res_size
         fraction = config.data.crop_fraction
         self.crop, self.low_res_crop = round(self.side * fraction), round(self.low_res_side * fraction)
@@ -88,14 +89,10 @@ class UpsamplerStage:
         """Returns float images in [-1, 1] from low-resolution images of any size, uint8 as they were drawn."""
         factor = self.side // self.low_res_side
         shape = (low_res.shape[1] * factor, low_res.shape[2] * factor, 3)
-        return samplers.sample(
-            self.diffusion,
+        return self.sampler(
             self._denoiser(params, low_res, factor, train=False, rngs=None),
-            self.sampling.temperature * samplers.initial_noise(keys, shape),
+            self.temperature * samplers.initial_noise(keys, shape),
             keys,
-            method=self.sampling.method,
-            timesteps=denoising.timesteps(self.sampling),
-            eta=self.sampling.eta,
         )
 
     def predict_fns(self) -> dict[str, base.Predict]:
