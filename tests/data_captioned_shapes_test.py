@@ -1,5 +1,6 @@
 """captioned_shapes: its grammar, its pictures, and its records as another process reads them."""
 
+import collections
 import io
 import itertools
 import pathlib
@@ -24,6 +25,7 @@ from unclip_jax.data.scenes import (
     Kind,
     Placement,
     Scene,
+    abridge,
     caption,
     is_unseen,
     parse_caption,
@@ -72,6 +74,10 @@ def test_grammar_reads_the_sentences_of_the_specification():
     assert parse_caption("A large green triangle on a white background") == Description(
         (Kind("large", "solid", "green", "triangle"),), "", "white"
     )
+    assert parse_caption("an orange heart") == Description((Kind("", "solid", "orange", "heart"),), "", "")
+    assert parse_caption("a striped star above a small ring") == Description(
+        (Kind("", "striped", "", "star"), Kind("small", "solid", "", "ring")), "above", ""
+    )
 
 
 def test_caption_and_description_determine_each_other():
@@ -82,8 +88,23 @@ def test_caption_and_description_determine_each_other():
     assert len(captions) == len(kinds) == 2 * 3 * 8 * 7
 
 
+@pytest.mark.parametrize("detail", [0.0, 0.3, 1.0])
+def test_abridged_captions_keep_shapes_and_textures_and_some_of_the_rest(detail):
+    told = collections.Counter()
+    for index, scene in enumerate(scenes("train", 500)):
+        said = abridge(scene, detail=detail, seed=0, index=index)
+        assert parse_caption(caption(said)) == said == abridge(scene, detail=detail, seed=0, index=index)
+        assert [(k.shape, k.texture) for k in said.kinds] == [(k.shape, k.texture) for k in scene.kinds]
+        assert said.relation == scene.relation and said.background in ("", scene.background)
+        assert all(k.size in ("", whole.size) for k, whole in zip(said.kinds, scene.kinds, strict=True))
+        assert all(k.colour in ("", whole.colour) for k, whole in zip(said.kinds, scene.kinds, strict=True))
+        told.update(size=said.kinds[0].size != "", colour=said.kinds[0].colour != "", background=said.background != "")
+    for word in ("size", "colour", "background"):
+        assert abs(told[word] / 500 - detail) <= 4 * np.sqrt(detail * (1 - detail) / 500)
+
+
 @pytest.mark.parametrize("text", [
-    "", "a red star", "a large mauve star on a white background", "a large red star left of on a white background",
+    "", "a red", "a large mauve star on a white background", "a large red star left of on a white background",
     "a large red star beside a small blue ring on a white background", "a large red star on a white background.",
 ])
 def test_other_sentences_are_refused(text):
@@ -117,6 +138,23 @@ def test_share_of_two_objects(fraction):
     rng = np.random.default_rng(0)
     pairs = sum(len(sample_scene(rng, two_object_fraction=fraction).kinds) == 2 for _ in range(1000))
     assert abs(pairs / 1000 - fraction) <= 4 * np.sqrt(fraction * (1 - fraction) / 1000)
+
+
+def test_without_spread_objects_are_where_the_caption_lets_one_expect_them():
+    for index in range(200):
+        scene = scene_at(seed=3, split="train", index=index, spread=0.0)
+        places = scene.placements
+        if len(places) == 1:
+            assert (places[0].x, places[0].y) == (0.5, 0.5)
+        else:
+            along, across = ("x", "y") if scene.relation in ("left of", "right of") else ("y", "x")
+            assert [getattr(place, across) for place in places] == [0.5, 0.5]
+            near, far = sorted(places, key=lambda place: getattr(place, along))
+            # As much room before the first as between the two as after the second, but for margin and gap.
+            before = getattr(near, along) - near.radius - 0.025
+            after = 1 - getattr(far, along) - far.radius - 0.025
+            between = getattr(far, along) - far.radius - getattr(near, along) - near.radius - 0.04
+            assert before == pytest.approx(after) == pytest.approx(between) and before > 0
 
 
 def test_objects_lie_inside_apart_and_as_the_relation_says():
@@ -208,9 +246,13 @@ def test_records_hold_the_scene(prepared, split, count):
     assert len(source) == count
     for index in range(count):
         record = source[index]
-        scene = scene_at(seed=captioned_shapes.SEED, split=split, index=index)
+        scene = scene_at(
+            seed=captioned_shapes.SEED, split=split, index=index, two_object_fraction=0.25, spread=0.1
+        )
         assert record["id"] == index
-        assert record["caption"].decode() == caption(scene)
+        said = parse_caption(record["caption"].decode())
+        assert split == "train" or said == Description(scene.kinds, scene.relation, scene.background)
+        assert said == abridge(scene, detail=0.5 if split == "train" else 1.0, seed=captioned_shapes.SEED, index=index)
         pixels = np.asarray(Image.open(io.BytesIO(record["image"])))
         np.testing.assert_array_equal(pixels, render(scene, 64))
         kinds = tuple(

@@ -29,8 +29,8 @@ def write(folder: pathlib.Path, name: str, *, seed: int = 0, **overrides: Any) -
     statistics = jax.jit(lambda: stage.init_frozen(key).get("statistics", {}))()
     state = TrainState.create(params, optax.sgd(0.0).init(params), statistics)
     saver = checkpoint.Checkpointer(folder / name, every_steps=1, keep=1)
-    clip = {"frozen.clip": checkpoint.fingerprint(_drawn(base.create(small("clip")), 0))} if config.get("frozen") else {}
-    saver.save(state, config=config, extra={"data": clip})
+    read = {"frozen.clip": checkpoint.fingerprint(_drawn(base.create(small("clip")), 0))}
+    saver.save(state, config=config, extra={"data": read if config.get("frozen") else {}})
     saver.close()
     return folder / name
 

@@ -32,7 +32,7 @@ class Input:
         )
         if data.cache and data.workers:
             raise InputError(
-                f"config.data.cache=True leaves nothing for config.data.workers={data.workers} to do; set one of them off"
+                f"config.data.cache=True leaves nothing for config.data.workers={data.workers} to do; unset one of them"
             )
         fields = program.stage.batch_spec(1)
         reads_text = any(name.endswith("tokens") for name in fields)

@@ -143,8 +143,8 @@ def _check_weights(part: Part, clip: Part) -> None:
     theirs = checkpoint.trained_on(part.workdir, part.step).get("frozen.clip")
     if theirs not in (None, checkpoint.fingerprint(clip.params)):
         raise InputError(
-            f"{part.name} was trained on the CLIP that was in {part.config.frozen.clip}, whose weights are not those in "
-            f"{clip.workdir}; give that one as clip, or train {part.name} on this one"
+            f"{part.name} was trained on the CLIP that was in {part.config.frozen.clip}, whose weights are not those "
+            f"in {clip.workdir}; give that one as clip, or train {part.name} on this one"
         )
 
 

@@ -41,7 +41,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 SPLITS = ("train", "validation", "unseen")
 
 # Half the side of an object's bounding box. Two objects must fit side by side: each is smaller than one alone.
-RADII = {1: {"small": 0.175, "large": 0.29}, 2: {"small": 0.15, "large": 0.21}}
+RADII = {1: {"small": 0.21, "large": 0.34}, 2: {"small": 0.15, "large": 0.21}}
 _RADIUS_JITTER = 0.05  # relative
 _ANGLE_JITTER = np.deg2rad(9.0)  # a square never looks like another shape for it
 _MARGIN = 0.025  # between an object and the image's edge
@@ -123,7 +123,9 @@ def _kinds(group: str) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def sample_scene(rng: np.random.Generator, *, split: str = "train", two_object_fraction: float = 0.5) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, *, split: str = "train", two_object_fraction: float = 0.5, spread: float = 1.0
+) -> Scene:
     """Draws a scene.
 
     Args:
@@ -131,6 +133,9 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train", two_object_f
       split: "train" and "validation" hold no object for which `is_unseen`; in "unseen" each scene holds one (of two
         objects, one drawn at random).
       two_object_fraction: probability of two objects, in [0, 1]. Two objects never share a colour.
+      spread: how much of the room that a caption leaves them objects use, in [0, 1]; 0 puts one object in the middle
+        and shares the room of two evenly. Where an object is cannot be read from a caption, and until a decoder has
+        settled where, it cannot use what it knows of the shape: short runs learn shapes from scenes of little spread.
 
     Returns:
       The scene; its objects lie inside the image and their bounding boxes are disjoint.
@@ -146,47 +151,52 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train", two_object_f
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     first = special[rng.integers(len(special))]
     if rng.random() >= two_object_fraction:
-        return Scene((first,), "", background, (_place_alone(rng, first),))
+        return Scene((first,), "", background, (_place_alone(rng, first, spread),))
     others = _kinds("seen")
     second = others[rng.integers(len(others))]
     while second.colour == first.colour:
         second = others[rng.integers(len(others))]
     kinds = (first, second) if rng.random() < 0.5 else (second, first)
     relation = RELATIONS[rng.integers(len(RELATIONS))]
-    return Scene(kinds, relation, background, _place_pair(rng, kinds, relation))
+    return Scene(kinds, relation, background, _place_pair(rng, kinds, relation, spread))
 
 
-def scene_at(*, seed: int, split: str, index: int, two_object_fraction: float = 0.5) -> Scene:
+def scene_at(
+    *, seed: int, split: str, index: int, two_object_fraction: float = 0.5, spread: float = 1.0
+) -> Scene:
     """Scene `index` of a split: a function of its arguments alone, whichever other scenes are made."""
     if split not in SPLITS:
         raise InputError(f"captioned_shapes has no split {split!r}; {nearest(split, SPLITS)}")
     entropy = np.random.SeedSequence([seed, SPLITS.index(split), index])
     rng = np.random.Generator(np.random.Philox(entropy))
-    return sample_scene(rng, split=split, two_object_fraction=two_object_fraction)
+    return sample_scene(rng, split=split, two_object_fraction=two_object_fraction, spread=spread)
 
 
 def _radius(rng: np.random.Generator, kind: Kind, count: int) -> float:
     return RADII[count][kind.size] * (1.0 + _RADIUS_JITTER * rng.uniform(-1.0, 1.0))
 
 
-def _place_alone(rng: np.random.Generator, kind: Kind) -> Placement:
+def _place_alone(rng: np.random.Generator, kind: Kind, spread: float) -> Placement:
     radius = _radius(rng, kind, 1)
-    reach = _CENTRE_JITTER[kind.size]
+    reach = spread * _CENTRE_JITTER[kind.size]
     x, y = 0.5 + reach * rng.uniform(-1.0, 1.0, 2)
     return Placement(float(x), float(y), radius, _ANGLE_JITTER * rng.uniform(-1.0, 1.0))
 
 
-def _place_pair(rng: np.random.Generator, kinds: tuple[Kind, ...], relation: str) -> tuple[Placement, ...]:
+def _place_pair(
+    rng: np.random.Generator, kinds: tuple[Kind, ...], relation: str, spread: float
+) -> tuple[Placement, ...]:
     """Shares the room that two objects leave along the line of their relation at random: before, between, after."""
     radii = [_radius(rng, kind, 2) for kind in kinds]
     forward = relation in ("left of", "above")
     near, far = radii if forward else radii[::-1]
     room = 1.0 - 2.0 * (_MARGIN + near + far) - _GAP
-    before, upto = np.sort(rng.uniform(0.0, room, 2))
+    even = room * np.array([1 / 3, 2 / 3])
+    before, upto = even + spread * (np.sort(rng.uniform(0.0, room, 2)) - even)
     near_along = _MARGIN + before + near
     far_along = _MARGIN + upto + 2.0 * near + _GAP + far
     along = (near_along, far_along) if forward else (far_along, near_along)
-    across = 0.5 + _SIDE_JITTER * rng.uniform(-1.0, 1.0, 2)
+    across = 0.5 + spread * _SIDE_JITTER * rng.uniform(-1.0, 1.0, 2)
     angles = _ANGLE_JITTER * rng.uniform(-1.0, 1.0, 2)
     horizontal = relation in ("left of", "right of")
     return tuple(
@@ -195,21 +205,24 @@ def _place_pair(rng: np.random.Generator, kinds: tuple[Kind, ...], relation: str
     )
 
 
-def abridge(rng: np.random.Generator, description: Description, *, detail: float) -> Description:
+def abridge(description: Description, *, detail: float, seed: int, index: int) -> Description:
     """Leaves out each size, each colour and the background with probability 1 - detail, each on its own.
 
     Full captions teach CLIP no shapes for a long time: with 8 colours, 2 sizes, 3 textures and 4 backgrounds, hardly
-    any two captions of a batch differ in the shape alone, so that nothing else than the shape could tell them apart.
+    any two captions of a batch differ in the shape alone, so that something else always tells them apart.
+
+    Args:
+      description: of a scene.
+      detail: in [0, 1]; 1 leaves nothing out.
+      seed, index: what is left out is a function of them alone.
     """
-    kinds = tuple(
-        dataclasses.replace(
-            kind,
-            size=kind.size if rng.random() < detail else "",
-            colour=kind.colour if rng.random() < detail else "",
-        )
-        for kind in description.kinds
-    )
-    return Description(kinds, description.relation, description.background if rng.random() < detail else "")
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(SPLITS), index])))
+
+    def said(word: str) -> str:
+        return word if rng.random() < detail else ""
+
+    kinds = tuple(dataclasses.replace(k, size=said(k.size), colour=said(k.colour)) for k in description.kinds)
+    return Description(kinds, description.relation, said(description.background))
 
 
 def caption(description: Description) -> str:
@@ -227,7 +240,8 @@ def _phrase(kind: Kind) -> str:
 
 def _pattern() -> re.Pattern[str]:
     textures = [texture for texture in TEXTURES if texture != "solid"]
-    kind = "an? " + "".join(f"(?:({'|'.join(words)}) )?" for words in (SIZES, textures, COLOURS)) + f"({'|'.join(SHAPES)})"
+    adjectives = "".join(f"(?:({'|'.join(words)}) )?" for words in (SIZES, textures, COLOURS))
+    kind = f"an? {adjectives}({'|'.join(SHAPES)})"
     return re.compile(f"{kind}(?: ({'|'.join(RELATIONS)}) {kind})?(?: on a ({'|'.join(BACKGROUNDS)}) background)?")
 
 
