@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a machine with only Python (3.11 to 3.13) and git to a report: makes .venv, installs, trains, draws, scores.
+# From a machine with only Python (3.11 or later) and git to a report: makes .venv, installs, trains, draws, scores.
 #
 #   ./launch/quickstart.sh                              all of it
 #   ./launch/quickstart.sh --smoke                      a few steps of everything
@@ -19,12 +19,12 @@ extras=${UNCLIP_EXTRAS:-}
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-suitable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
+suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; }
 
 find_python() {
   local candidate
   if [ -n "${UNCLIP_PYTHON:-}" ]; then
-    suitable "$UNCLIP_PYTHON" || fail "UNCLIP_PYTHON=$UNCLIP_PYTHON is not a Python from 3.11 to 3.13"
+    suitable "$UNCLIP_PYTHON" || fail "UNCLIP_PYTHON=$UNCLIP_PYTHON is not Python 3.11 or later"
     printf '%s' "$UNCLIP_PYTHON"
     return
   fi
@@ -34,7 +34,7 @@ find_python() {
       return
     fi
   done
-  fail "there is no Python from 3.11 to 3.13; install one (Debian: apt-get install python3), or name it by UNCLIP_PYTHON"
+  fail "Python 3.11 or later is needed; install it (Debian: apt-get install python3), or name it by UNCLIP_PYTHON"
 }
 
 make_venv() {
