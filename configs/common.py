@@ -102,7 +102,9 @@ def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
     config.optim.update({"schedule": "cosine", "ema_decay": 0.995, "ema_warmup": True})
     config.checkpoint.update({**durations(every_percent=20.0), "keep": 2})
     config.log.update({**durations(every_percent=2.0), "tensorboard": False})
-    config.evaluation.update({**durations(every_percent=50.0), "examples": 64, "batch_size": 64})
+    config.evaluation.update(
+        {**durations(every_percent=50.0 if emoji else 100.0), "examples": 64, "batch_size": 64}
+    )
     return config
 
 

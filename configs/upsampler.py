@@ -7,7 +7,8 @@ from configs import common
 
 
 def _laptop(emoji, second):
-    config = common.base(stage="upsampler", batch_size=16, steps=2500 if emoji else 500)
+    size = {"batch_size": 16, "steps": 2500} if emoji else {"batch_size": 8, "steps": 500}
+    config = common.base(stage="upsampler", **size)
     common.laptop(config, emoji=emoji)
     low = 32 if second else 16
     config.unet = {
