@@ -7,7 +7,7 @@ from configs import common
 
 
 def _laptop(emoji, second):
-    size = {"batch_size": 16, "steps": 2500} if emoji else {"batch_size": 8, "steps": 500}
+    size = {"batch_size": 16, "steps": 2500} if emoji else {"batch_size": 4, "steps": 800}
     config = common.base(stage="upsampler", **size)
     common.laptop(config, emoji=emoji)
     low = 32 if second else 16
@@ -22,14 +22,15 @@ def _laptop(emoji, second):
         "head_channels": 16,
         "dropout": 0.0,
         "scale_shift": "film",
+        "norm_groups": 32 if emoji else 4,
         "remat": False,
     }
     config.low_res_size = low
     config.data.degradation = "gaussian_blur"
     config.data.crop_fraction = 0.5 if second else 1.0
     config.diffusion = common.diffusion(prediction="v")
-    config.sampling = {"method": "ddim", "timesteps": "12", "eta": 0.0, "temperature": 1.0}
-    config.optim.update({"learning_rate": 2e-3})
+    config.sampling = {"method": "ddim", "timesteps": "12" if emoji else "6", "eta": 0.0, "temperature": 1.0}
+    config.optim.update({"learning_rate": 2e-3 if emoji else 4e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config
 

@@ -55,8 +55,8 @@ def dense(w, x):
     return x @ w["kernel"] + w["bias"]
 
 
-def group_norm(w, x):
-    split = x.reshape(x.shape[0], -1, 32, x.shape[-1] // 32)
+def group_norm(w, x, groups=32):
+    split = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     split = (split - split.mean((1, 3), keepdims=True)) / np.sqrt(split.var((1, 3), keepdims=True) + 1e-5)
     return split.reshape(x.shape) * w["scale"] + w["bias"]
 
@@ -69,20 +69,20 @@ def resampled(x, how):
     return x
 
 
-def res_block(w, x, emb, how="none", scale_shift="film"):
-    h = conv(w["conv_1"], resampled(silu(group_norm(w["norm_1"], x)), how))
+def res_block(w, x, emb, how="none", scale_shift="film", groups=32):
+    h = conv(w["conv_1"], resampled(silu(group_norm(w["norm_1"], x, groups)), how))
     e = dense(w["emb"], silu(emb))[:, None, None]
     if scale_shift == "film":
         half = e.shape[-1] // 2
-        h = group_norm(w["norm_2"], h) * (1 + e[..., :half]) + e[..., half:]
+        h = group_norm(w["norm_2"], h, groups) * (1 + e[..., :half]) + e[..., half:]
     else:
-        h = group_norm(w["norm_2"], h + e)
+        h = group_norm(w["norm_2"], h + e, groups)
     x = resampled(x, how)
     return (conv(w["skip"], x) if "skip" in w else x) + conv(w["conv_2"], silu(h))
 
 
-def attention_block(w, x, context):
-    y = group_norm(w["norm"], x).reshape(x.shape[0], -1, x.shape[-1])
+def attention_block(w, x, context, groups=32):
+    y = group_norm(w["norm"], x, groups).reshape(x.shape[0], -1, x.shape[-1])
     a = w["attention"]
     q, k, v = np.moveaxis(np.einsum("bnd,djhk->bnjhk", y, a["qkv"]["kernel"]) + a["qkv"]["bias"], 2, 0)
     if context is not None:
@@ -114,16 +114,16 @@ def unet(w, x, t, emb, context):
     return conv(w["out_conv"], silu(group_norm(w["out_norm"], h)))
 
 
-@pytest.mark.parametrize("scale_shift", ["film", "add"])
+@pytest.mark.parametrize("scale_shift, groups", [("film", 32), ("add", 32), ("film", 4)])
 @pytest.mark.parametrize("how, channels", [("none", 32), ("none", 64), ("up", 32), ("down", 32)])
-def test_res_block_is_the_oracle(how, channels, scale_shift):
+def test_res_block_is_the_oracle(how, channels, scale_shift, groups):
     rng = np.random.default_rng(0)
     x, emb = rng.normal(size=(2, 4, 6, 32)), rng.normal(size=(2, 12))
-    module = ResBlock(channels, how, scale_shift=scale_shift)
+    module = ResBlock(channels, how, scale_shift=scale_shift, norm_groups=groups)
     params = random_params(module, *single(x, emb))
     assert ("skip" in params["params"]) == (channels != 32)
     y = jax.jit(module.apply)(params, *single(x, emb))
-    expected = res_block(jax.tree.map(np.float64, params["params"]), x, emb, how, scale_shift)
+    expected = res_block(jax.tree.map(np.float64, params["params"]), x, emb, how, scale_shift, groups)
     np.testing.assert_allclose(y, expected, atol=2e-5)
 
 

@@ -56,7 +56,7 @@ _TEXT_ENCODER = {
 _UNET = {
     "in_channels": SIZE, "out_channels": SIZE, "channels": SIZE, "channel_mult": SIZES, "depth": SIZE,
     "attention_resolutions": SIZES, "image_size": SIZE, "head_channels": SIZE, "dropout": Rule(float, 0, 0.99),
-    "scale_shift": TEXT, "remat": SWITCH,
+    "scale_shift": TEXT, "norm_groups": SIZE, "remat": SWITCH,
 }  # fmt: skip
 
 # Section -> key -> rule. `model` differs by stage; the union of its keys is allowed here, and the network's own

@@ -43,6 +43,7 @@ class ResBlock(nn.Module):
       dropout: probability of dropping a feature before the second convolution.
       scale_shift: "film" scales and shifts the second norm's output by the embedding (ADM, GLIDE); "add" adds the
         embedding before that norm (Karlo's upsamplers).
+      norm_groups: of both norms.
       dtype: compute dtype.
     """
 
@@ -50,6 +51,7 @@ class ResBlock(nn.Module):
     resample: str = "none"
     dropout: float = 0.0
     scale_shift: str = "film"
+    norm_groups: int = 32
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -58,11 +60,11 @@ class ResBlock(nn.Module):
     ) -> Float[Array, "b h2 w2 {self.channels}"]:
         """`emb` is the embedding of the timestep and whatever is added to it, before its SiLU."""
         resample = _RESAMPLE[self.resample]
-        h = nn.silu(layers.GroupNorm(dtype=self.dtype, name="norm_1")(x))
+        h = nn.silu(layers.GroupNorm(self.norm_groups, dtype=self.dtype, name="norm_1")(x))
         h = layers.conv(self.channels, dtype=self.dtype, name="conv_1")(resample(h))
         width = self.channels * (2 if self.scale_shift == "film" else 1)
         modulation = layers.dense(width, role="up", dtype=self.dtype, name="emb")(nn.silu(emb))
-        norm = layers.GroupNorm(dtype=self.dtype, name="norm_2")
+        norm = layers.GroupNorm(self.norm_groups, dtype=self.dtype, name="norm_2")
         if self.scale_shift == "film":
             scale, shift = jnp.split(modulation, 2, axis=-1)
             h = norm(h, scale, shift)
@@ -81,6 +83,7 @@ class AttentionBlock(nn.Module):
     """Self-attention over the pixels with the context's keys and values in front of theirs, in one softmax (GLIDE)."""
 
     head_channels: int
+    norm_groups: int = 32
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -88,7 +91,7 @@ class AttentionBlock(nn.Module):
         self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"] | None = None
     ) -> Float[Array, "b h w c"]:
         channels = x.shape[-1]
-        y = layers.GroupNorm(dtype=self.dtype, name="norm")(x).reshape(x.shape[0], -1, channels)
+        y = layers.GroupNorm(self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(x.shape[0], -1, channels)
         attention = layers.Attention(channels // self.head_channels, dtype=self.dtype, out_scale=0.0, name="attention")
         return x + attention(y, context)[0].reshape(x.shape)
 
@@ -107,6 +110,8 @@ class UNet(nn.Module):
       head_channels: channels of one attention head.
       dropout: inside residual blocks.
       scale_shift: "film" or "add", see ResBlock.
+      norm_groups: of every group norm (32 in ADM). With as many groups as channels each channel is normalised on its
+        own and an image's mean is lost: without attention, which could carry it, colours then drift.
       remat: whether the backward pass recomputes each block instead of keeping its activations.
       dtype: compute dtype; norms, softmax and the output are float32.
 
@@ -124,6 +129,7 @@ class UNet(nn.Module):
     head_channels: int = 64
     dropout: float = 0.0
     scale_shift: str = "film"
+    norm_groups: int = 32
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -203,7 +209,7 @@ class UNet(nn.Module):
                 h = self._block(f"up_{level}_{block}", h, emb, context, level, self.channels * mult, deterministic)
             if level:
                 h = self._res_block(f"up_{level}", self.channels * mult, "up")(h, emb, deterministic)
-        h = nn.silu(layers.GroupNorm(name="out_norm")(h))
+        h = nn.silu(layers.GroupNorm(self.norm_groups, name="out_norm")(h))
         return layers.conv(self.out_channels, scale=0.0, name="out_conv")(h)
 
     def _embed_time(self, t: jax.Array, emb: jax.Array | None) -> jax.Array:
@@ -215,11 +221,11 @@ class UNet(nn.Module):
 
     def _res_block(self, name: str, channels: int, resample: str = "none") -> nn.Module:
         kind = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        return kind(channels, resample, self.dropout, self.scale_shift, self.dtype, name=name)
+        return kind(channels, resample, self.dropout, self.scale_shift, self.norm_groups, self.dtype, name=name)
 
     def _attention(self, name: str) -> nn.Module:
         kind = nn.remat(AttentionBlock) if self.remat else AttentionBlock
-        return kind(self.head_channels, self.dtype, name=f"{name}_attention")
+        return kind(self.head_channels, self.norm_groups, self.dtype, name=f"{name}_attention")
 
     def _block(self, name, h, emb, context, level, channels, deterministic) -> jax.Array:
         """A residual block and, where its level attends, an attention block."""
