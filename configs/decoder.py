@@ -9,7 +9,7 @@ from configs import common
 
 def _laptop(emoji):
     # On a few minutes' worth of examples, many small steps learn more than few large ones.
-    size = {"batch_size": 32, "steps": 4000} if emoji else {"batch_size": 8, "steps": 5400}
+    size = {"batch_size": 32, "steps": 4000} if emoji else {"batch_size": 16, "steps": 3000}
     config = common.base(stage="decoder", **size)
     common.laptop(config, emoji=emoji)
     config.frozen = {"clip": ""}
@@ -36,7 +36,7 @@ def _laptop(emoji):
     }
     config.drop = {"text": 0.5, "clip": 0.1}
     config.diffusion = common.diffusion(prediction="v")
-    config.sampling = {"method": "ddim", "timesteps": "32", "guidance_scale": 1.5, "eta": 0.0}
+    config.sampling = {"method": "ddim", "timesteps": "32" if emoji else "16", "guidance_scale": 1.5, "eta": 0.0}
     config.optim.update({"learning_rate": 2e-3 if emoji else 4e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config

@@ -8,7 +8,7 @@ from configs import common
 
 
 def _laptop(emoji):
-    config = common.base(stage="prior_diffusion", batch_size=128, steps=1500 if emoji else 350)
+    config = common.base(stage="prior_diffusion", batch_size=128, steps=1500 if emoji else 600)
     common.laptop(config, emoji=emoji)
     config.frozen = {"clip": ""}
     config.clip = common.clip_tiny(emoji=emoji)

@@ -289,7 +289,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "~/unclip_data", "Root of prepared data sets.")
     flags.DEFINE_bool("smoke", False, "A few steps of everything, to see that it works.")
     flags.DEFINE_integer("seed", 0, "Seed of training and sampling.", 0, 2**31 - 1)
-    flags.DEFINE_integer("captions", 192, "Captions to draw from and score; half as many more of unseen kinds.", 2)
+    flags.DEFINE_integer("captions", 160, "Captions to draw from and score; half as many more of unseen kinds.", 2)
     flags.DEFINE_enum("schedule", "auto", ["auto", "cores", "sequential"], "Jobs side by side, or one after another.")
     flags.DEFINE_string("compile_cache", "~/.cache/unclip_jax", "Compiled programs, kept between runs; '' is off.")
 
