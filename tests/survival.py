@@ -48,8 +48,8 @@ class Survival:
         training = self.start(self.killed)
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0, start_seconds))
-        elif training.wait_for_rows(1):
-            time.sleep(rng.uniform(0, 0.6))
+        elif training.wait_for_rows(rng.randint(1, 20)):  # by rows, or a fast machine would be done before a slow kill
+            time.sleep(rng.uniform(0, 0.03))
         training.process.kill()
         code = training.wait()
         if code == 0:
@@ -110,7 +110,7 @@ def main() -> int:
     data_dir = str(options.workdir / "data")
     datasets.prepare("captioned_shapes", data_dir=data_dir, variant="smoke")
     began = time.monotonic()
-    steps = options.steps or 60 + 40 * options.kills
+    steps = options.steps or 60 + 60 * options.kills
     trial = survive(options.workdir, kills=options.kills, seed=options.seed, steps=steps, data_dir=data_dir)
     for fault in trial.faults[:20]:
         print(fault)

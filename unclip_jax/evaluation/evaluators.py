@@ -61,7 +61,7 @@ class Evaluator:
             placed = self.put(batch)
             yield placed, self.get(placed.pop("mask"))
 
-    def get(self, x: jax.Array) -> np.ndarray:
+    def get(self, x: jax.Array | np.ndarray) -> np.ndarray:
         """Returns all of an array that is spread over devices and hosts; every host must ask."""
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
