@@ -49,7 +49,13 @@ class Input:
 
     def check_evaluation(self) -> None:
         """Opens the evaluation split, so that one that is not there is found before the first step."""
-        datasets.open_source(self.directory, self._config.data.eval_split)
+        try:
+            datasets.open_source(self.directory, self._config.data.eval_split)
+        except InputError as error:
+            raise InputError(
+                f"config.data.eval_split: {error}; slices hold a part out, as --config.data.split='train[:95%]' "
+                "--config.data.eval_split='train[95%:]'"
+            ) from error
 
     def _batches(self, *, seed: int, start_step: int):
         data, config = self._config.data, self._config
