@@ -188,7 +188,7 @@ def test_another_clip_at_the_same_place_is_noticed(one_device, tmp_path, data_di
 @pytest.mark.parametrize("key, value, message", [
     ("evaluation__evaluators", ("los",), "has 'los'; did you mean 'loss'"),
     ("evaluation__evaluators", ("pictures",), "needs 'reconstruct', which this stage does not predict"),
-    ("data__eval_split", "valid", r"config.data.eval_split: .*no split 'valid'; .* --config.data.split='train\[:95%\]'"),
+    ("data__eval_split", "valid", r"config.data.eval_split: .*no split 'valid'; .*split='train\[:95%\]'"),
     ("data__workers", 2, "config.data.workers=2"),
 ])
 def test_what_cannot_be_read_or_evaluated_is_found_before_anything_is_written(
