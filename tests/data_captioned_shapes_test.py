@@ -213,6 +213,8 @@ def test_bad_arguments_are_named():
         scene_at(seed=0, split="trian", index=0)
     with pytest.raises(InputError, match="1.5"):
         sample_scene(np.random.default_rng(0), two_object_fraction=1.5)
+    with pytest.raises(InputError, match="spread is -0.1"):
+        sample_scene(np.random.default_rng(0), spread=-0.1)
     with pytest.raises(InputError, match="did you mean 'tiny'"):
         captioned_shapes.prepare(data_dir="nowhere", variant="tinny")
     with pytest.raises(InputError, match="4 pixels"):
@@ -225,7 +227,7 @@ def prepared(tmp_path_factory) -> str:
     data_dir = str(tmp_path_factory.mktemp("data"))
     killed = python(PREPARE_AND_DIE, data_dir)
     assert killed.returncode == -9, killed.stderr
-    version = pathlib.Path(data_dir, "captioned_shapes", "smoke", "1.0.0")
+    version = pathlib.Path(data_dir, "captioned_shapes", "smoke", "1.1.0")
     assert version.parent.exists() and not version.exists()
     finished = python(PREPARE, data_dir)
     assert finished.returncode == 0, finished.stderr

@@ -8,6 +8,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 from small_configs import small
@@ -137,10 +138,15 @@ def test_a_bad_step_is_skipped_and_too_many_stop_the_run_naming_them(
     assert checkpoint.steps_of(tmp_path / "skips" / "checkpoints") == [6, 2]  # step 4 was bad
     assert "step 4 skipped: loss inf" in caplog.text
 
-    # At the end there is no later step to save: the weights of the step before are kept.
+    # At the end there is no later step to save: the state before the bad one is, as its own step.
     last = changed(config, total_steps=4, checkpoint__every_steps=100)
     assert train.Run(last, str(tmp_path / "last")).run() == 0
-    assert checkpoint.steps_of(tmp_path / "last" / "checkpoints") == [4]
+    assert checkpoint.steps_of(tmp_path / "last" / "checkpoints") == [3]
+    run = train.Run(last, str(tmp_path / "last"))
+    kept = run.begin()
+    assert (int(kept.step), int(kept.skipped), int(kept.streak)) == (3, 0, 0)
+    norm = float(optax.tree.norm(kept.params))
+    assert norm == pytest.approx(metrics.read(tmp_path / "last")[3]["param_norm"], rel=1e-6)
 
     config = changed(config, max_nonfinite_steps=1)
     with pytest.raises(InputError, match="from step 4 ") as error:

@@ -32,6 +32,7 @@ from unclip_jax import checkpoint, jobs, metrics, programs, report
 from unclip_jax import config as configs
 from unclip_jax import quickstart_results as results
 from unclip_jax.data import datasets
+from unclip_jax.data.captioned_shapes import CaptionedShapes
 from unclip_jax.errors import InputError
 from unclip_jax.jobs import Job, Progress
 
@@ -106,13 +107,13 @@ def _training_progress(folder: pathlib.Path, total: int) -> Progress:
 
 def data_job(workdir: pathlib.Path, data: ConfigDict) -> Job:
     """Returns the job that renders the data set that `config.data` names."""
-    there = pathlib.Path(data.data_dir).expanduser() / data.dataset / data.variant
+    there = pathlib.Path(data.data_dir).expanduser() / data.dataset / data.variant / str(CaptionedShapes.VERSION)
     command = [sys.executable, "-m", "unclip_jax.prepare", f"--source={data.dataset}", f"--variant={data.variant}"]
     return Job(
         name="data",
         command=[*command, f"--out={pathlib.Path(data.data_dir).expanduser()}"],
         log=workdir / "data.log",
-        finished=lambda: bool(list(there.glob("[0-9]*/dataset_info.json"))),
+        finished=(there / "dataset_info.json").exists,
         progress=lambda: Progress(0, 1, "renders"),
     )
 

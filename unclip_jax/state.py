@@ -1,5 +1,6 @@
 """The state of a training run: everything a checkpoint holds and a step changes."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -37,3 +38,8 @@ class TrainState:
         return cls(
             step=zero, params=params, ema=ema, opt_state=opt_state, statistics=statistics, skipped=zero, streak=zero
         )
+
+    def last_good(self) -> "TrainState":
+        """This state before the `streak` of bad steps that it ends with: they changed nothing but the counters."""
+        step, skipped = self.step - self.streak, self.skipped - self.streak
+        return dataclasses.replace(self, step=step, skipped=skipped, streak=jnp.zeros_like(self.streak))

@@ -171,9 +171,9 @@ class Run:
             stop = self.stopping.at(step)
             if stop or self.saver.due(step) or step == program.total_steps:
                 guard.drain()
-                # A skipped step is not saved, unless it is the last: its weights are those of the step before.
+                # A bad step is never saved. Where no later one can be, what came before it is, to be gone on from.
                 if guard.last_step_good or stop or step == program.total_steps:
-                    self.saver.save(state, config=config, extra={"data": self.fingerprint})
+                    self.saver.save(state.last_good(), config=config, extra={"data": self.fingerprint})
             if stop:
                 _LOG.info("stopped at step %d; run the same command to go on", step)
                 break

@@ -60,7 +60,7 @@ class CaptionedShapesConfig(tfds.core.BuilderConfig):
 class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
     """Builder of `captioned_shapes`; use `prepare`, which also makes the preparation whole or absent."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # since 1.1 captions may say less than is seen
     BUILDER_CONFIGS: ClassVar[list[CaptionedShapesConfig]] = [
         CaptionedShapesConfig(name="smoke", train=96, validation=32, unseen=32, two_object_fraction=0.25, spread=0.1),
         CaptionedShapesConfig(name="tiny", two_object_fraction=0.25, spread=0.1),

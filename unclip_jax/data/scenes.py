@@ -141,12 +141,14 @@ def sample_scene(
       The scene; its objects lie inside the image and their bounding boxes are disjoint.
 
     Raises:
-      InputError: unknown split, or a fraction outside [0, 1].
+      InputError: unknown split, or a fraction or spread outside [0, 1].
     """
     if split not in SPLITS:
         raise InputError(f"captioned_shapes has no split {split!r}; {nearest(split, SPLITS)}")
     if not 0.0 <= two_object_fraction <= 1.0:
         raise InputError(f"two_object_fraction is {two_object_fraction}; it must lie in [0, 1]")
+    if not 0.0 <= spread <= 1.0:
+        raise InputError(f"spread is {spread}; it must lie in [0, 1]")
     special = _kinds("unseen" if split == "unseen" else "seen")
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     first = special[rng.integers(len(special))]

@@ -4,6 +4,7 @@ Each is a class with `run(params, frozen)` that yields (name, value) pairs: a fl
 sees the model only through its `predict` functions. A new one is a class and its line in TABLE.
 """
 
+import abc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +29,7 @@ class Data(Protocol):
     ) -> Iterator[dict[str, np.ndarray]]: ...
 
 
-class Evaluator:
+class Evaluator(abc.ABC):
     """What every evaluator is given.
 
     Attributes:
@@ -65,9 +66,9 @@ class Evaluator:
         """Returns all of an array that is spread over devices and hosts; every host must ask."""
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
+    @abc.abstractmethod
     def run(self, params: Any, frozen: Any) -> Iterator[tuple[str, float | np.ndarray]]:
         """Measures."""
-        raise NotImplementedError
 
 
 class Loss(Evaluator):
