@@ -29,6 +29,18 @@ need() {
 
 has_emoji_font() { "$python" -c 'from unclip_jax.data import emoji; emoji.find_font()' 2> /dev/null; }
 
+has_torch() { "$python" -c 'import importlib.metadata as m; m.version("torch")' 2> /dev/null; }
+
+# The tests want torch for the CPU only, and PyPI's for Linux brings gigabytes of CUDA: one from a folder of wheels that
+# pip is set to look in, or from PyTorch's own index. Where there is neither, PyPI's does as well.
+install_torch() {
+  [ "$(uname -s)" = Linux ] || return 0
+  local pip=("$python" -m pip --quiet --quiet --disable-pip-version-check install --no-deps)
+  "${pip[@]}" --no-index 'torch>=2.13.0' 2> /dev/null \
+    || "${pip[@]}" --retries 0 --index-url https://download.pytorch.org/whl/cpu 'torch>=2.13.0' 2> /dev/null \
+    || echo "no build of torch for the CPU found; taking PyPI's"
+}
+
 install() {
   local began=$SECONDS wanted
   wanted=$(cksum setup.py pyproject.toml)
@@ -42,7 +54,8 @@ install() {
   fi
   say "installing into $venv"
   "$python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade pip
-  "$python" -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'
+  has_torch || install_torch
+  "$python" -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test,parity]'
   printf '%s\n' "$wanted" > "$venv/installed"
   echo "installed in $((SECONDS - began)) s"
 }
