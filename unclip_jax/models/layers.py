@@ -12,6 +12,7 @@ the mesh by the config's table:
     conv_in, conv_out   channels of a convolution
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -101,10 +102,21 @@ def embedding(rows: int, width: int, *, dtype: DTypeLike = jnp.float32, name: st
     return nn.Embed(rows, width, dtype=dtype, embedding_init=init, name=name)
 
 
-def learned(module: nn.Module, name: str, shape: tuple[int, ...], *, stddev: float = 0.02) -> Float[Array, "..."]:
-    """A learned array whose last axis is the residual stream (positions, class tokens, null embeddings)."""
-    init = nn.initializers.zeros if stddev == 0 else nn.initializers.normal(stddev)
-    return module.param(name, _boxed(init, (None,) * (len(shape) - 1) + ("embed",)), shape)
+def learned(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    stddev: float = 0.02,
+    start: float = 0.0,
+    axis: str = "embed",
+) -> Float[Array, "..."]:
+    """A learned array (positions, class tokens, null embeddings); `axis` names its last, the residual stream's here.
+
+    It begins normal with `stddev`; for a `stddev` of 0 it is `start` everywhere.
+    """
+    init = nn.initializers.constant(start) if stddev == 0 else nn.initializers.normal(stddev)
+    return module.param(name, _boxed(init, (None,) * (len(shape) - 1) + (axis,)), shape)
 
 
 def layer_norm(*, dtype: DTypeLike = jnp.float32, epsilon: float = 1e-5, name: str | None = None) -> nn.LayerNorm:
@@ -166,6 +178,7 @@ def timestep_embedding(t: Int[Array, "b"], width: int, *, max_period: float = 10
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # SigLIP's text towers
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
     "silu": nn.silu,
 }
@@ -281,14 +294,24 @@ class Block(nn.Module):
     context_kv: str = "own"
     dtype: DTypeLike = jnp.float32
     out_scale: float = 1.0
+    mlp_ratio: float = 4.0
+    epsilon: float = 1e-5
+    layer_scale: float = 0.0
 
     @nn.compact
     def __call__(self, x, cache, context, mask):
         attention = Attention(self.heads, self.context_kv, self.dtype, self.out_scale, name="attention")
-        y, cache = attention(layer_norm(dtype=self.dtype, name="norm_1")(x), context, mask, cache)
-        x = x + y
-        mlp = MLP(activation=self.activation, dtype=self.dtype, out_scale=self.out_scale, name="mlp")
-        return x + mlp(layer_norm(dtype=self.dtype, name="norm_2")(x)), cache
+        norm = functools.partial(layer_norm, dtype=self.dtype, epsilon=self.epsilon)
+        y, cache = attention(norm(name="norm_1")(x), context, mask, cache)
+        x = x + self._scaled(y, "scale_1")
+        mlp = MLP(self.mlp_ratio, self.activation, self.dtype, self.out_scale, name="mlp")
+        return x + self._scaled(mlp(norm(name="norm_2")(x)), "scale_2"), cache
+
+    def _scaled(self, branch, name):
+        if not self.layer_scale:
+            return branch
+        scale = learned(self, name, branch.shape[-1:], stddev=0, start=self.layer_scale)
+        return branch * scale.astype(branch.dtype)
 
 
 class Transformer(nn.Module):
@@ -300,6 +323,10 @@ class Transformer(nn.Module):
       context_kv: see Attention.
       remat: whether the backward pass recomputes each block instead of keeping its activations.
       dtype: compute dtype.
+      mlp_ratio: hidden width of the MLPs over the width.
+      epsilon: of the layer norms.
+      layer_scale: what learned factors of each branch's channels begin at (Touvron et al., 2021, "Going deeper with
+        image transformers"); 0 for none.
     """
 
     depth: int
@@ -308,6 +335,9 @@ class Transformer(nn.Module):
     context_kv: str = "own"
     remat: bool = False
     dtype: DTypeLike = jnp.float32
+    mlp_ratio: float = 4.0
+    epsilon: float = 1e-5
+    layer_scale: float = 0.0
 
     @nn.compact
     def __call__(
@@ -330,9 +360,18 @@ class Transformer(nn.Module):
         )
         # Residual branches start smaller the deeper the stack is (GPT-2's 1/sqrt(2 * depth) on the weights).
         out_scale = 1.0 / (2 * self.depth)
-        x, layers = scanned(self.heads, self.activation, self.context_kv, self.dtype, out_scale, name="blocks")(
-            x.astype(self.dtype), layers, context, mask
+        blocks = scanned(
+            self.heads,
+            self.activation,
+            self.context_kv,
+            self.dtype,
+            out_scale,
+            self.mlp_ratio,
+            self.epsilon,
+            self.layer_scale,
+            name="blocks",
         )
+        x, layers = blocks(x.astype(self.dtype), layers, context, mask)
         return x, None if layers is None else Cache(layers.k, layers.v, layers.filled[0])
 
 
