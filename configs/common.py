@@ -143,6 +143,11 @@ def text_tiny() -> dict:
     }
 
 
+def pixel_sampling(*, method: str, timesteps: str, **more: float) -> dict:
+    """How images are sampled; with threshold "dynamic", `quantile` of every image's |x_start| is kept unclipped."""
+    return {"method": method, "timesteps": timesteps, "eta": 0.0, "threshold": "static", "quantile": 0.995, **more}
+
+
 def diffusion(*, prediction: str = "eps", variance: str = "learned_range", schedule: str = "cosine") -> dict:
     """The process of Table 3: 1,000 steps; pixels and predictions clipped to [-1, 1]."""
     return {

@@ -36,7 +36,7 @@ def _laptop(emoji):
     }
     config.drop = {"text": 0.5, "clip": 0.1}
     config.diffusion = common.diffusion(prediction="v")
-    config.sampling = {"method": "ddim", "timesteps": "32" if emoji else "16", "guidance_scale": 1.5, "eta": 0.0}
+    config.sampling = common.pixel_sampling(method="ddim", timesteps="32" if emoji else "16", guidance_scale=1.5)
     config.optim.update({"learning_rate": 2e-3 if emoji else 4e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config

@@ -16,7 +16,8 @@ def _laptop(emoji):
     config.embedding_scale = 4.3  # 17.2 * sqrt(64 / 1024): unit vectors with coordinates of variance 0.289
     config.drop = {"text": 0.1}
     config.diffusion = {**common.diffusion(prediction="x_start", variance="fixed_small"), "clip_x_start": None}
-    config.sampling = {"method": "ddpm", "timesteps": "32", "guidance_scale": 1.0, "eta": 0.0, "candidates": 2}
+    config.sampling = {"method": "ddpm", "timesteps": "32", "eta": 0.0, "threshold": "static"}
+    config.sampling.update({"guidance_scale": 1.0, "candidates": 2})
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 6e-2, "beta2": 0.96, "eps": 1e-6})
     config.evaluation.update({"evaluators": ("loss", "embedding"), "examples": 128, "batch_size": 128})
     return config

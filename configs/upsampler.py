@@ -29,7 +29,7 @@ def _laptop(emoji, second):
     config.data.degradation = "gaussian_blur"
     config.data.crop_fraction = 0.5 if second else 1.0
     config.diffusion = common.diffusion(prediction="v")
-    config.sampling = {"method": "ddim", "timesteps": "12" if emoji else "6", "eta": 0.0, "temperature": 1.0}
+    config.sampling = common.pixel_sampling(method="ddim", timesteps="12" if emoji else "6", temperature=1.0)
     config.optim.update({"learning_rate": 2e-3 if emoji else 4e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config

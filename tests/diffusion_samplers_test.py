@@ -33,7 +33,9 @@ def exact_denoiser(process, mean=MEAN, variance=VARIANCE, v_range=None):
         predicted = {"x_start": x_start, "eps": eps, "v": v}[process.prediction]
         if v_range is None:
             return predicted
-        return jnp.concatenate([predicted, jnp.full_like(predicted, v_range)], axis=-1)
+        share = jnp.asarray(v_range, jnp.float32)
+        share = share[t].reshape(ab.shape) if share.ndim else share
+        return jnp.concatenate([predicted, jnp.broadcast_to(share, predicted.shape)], axis=-1)
 
     return denoise
 
@@ -67,6 +69,8 @@ def response(monkeypatch, process, denoise, *, timesteps, **settings):
     [
         ("ddpm", "fixed_large", 1.0259),
         ("ddpm", "fixed_small", 0.9021),
+        ("ddpm_large", "fixed_small", 1.0259),
+        ("ddpm_small", "fixed_large", 0.9021),
         ("ddim", "fixed_small", 0.9542),
         ("analytic", "fixed_small", 0.9999),
     ],
@@ -82,10 +86,38 @@ def test_variance_of_gaussian_data_at_64_cosine_steps(monkeypatch, method, varia
     np.testing.assert_allclose(mean, MEAN, atol=0.01)
 
 
-@pytest.mark.parametrize(("method", "tolerance"), [("ddpm", 0.01), ("ddim", 0.005), ("dpmpp_2m", 0.005),
-                                                   ("analytic", 0.001)])
-def test_every_sampler_nears_the_data_with_many_steps(monkeypatch, method, tolerance):
-    process = process_of()
+@pytest.mark.parametrize("prediction", ["x_start", "v", "eps"])
+def test_the_right_share_of_a_learned_range_gives_the_variance_of_the_data(monkeypatch, prediction):
+    """The optimal variance lies between beta~ and beta, so that a network can learn to name it."""
+    process = process_of(prediction, "learned_range")
+    ab = process.alpha_bars[process.respaced(64).timesteps]
+    before = ab[:-1]
+    beta = 1 - ab[1:] / before
+    tilde = beta * (1 - before) / (1 - ab[1:])
+    unknown = VARIANCE * (1 - ab[1:]) / (ab[1:] * VARIANCE + 1 - ab[1:])
+    best = tilde + before * (beta / (1 - ab[1:])) ** 2 * unknown
+    share = np.zeros(1000)
+    share[process.respaced(64).timesteps[1:]] = 2 * np.log(best / tilde) / np.log(beta / tilde) - 1
+    assert np.abs(share).max() < 1
+    weights, mean = response(
+        monkeypatch, process, exact_denoiser(process, v_range=share), method="ddpm", timesteps=64
+    )
+    np.testing.assert_allclose(np.sum(weights**2) / VARIANCE, 0.9999, atol=1e-4)
+    np.testing.assert_allclose(mean, MEAN, atol=0.01)
+
+
+# First order in the step for all but DPM-Solver++ (whose last step is) and the optimal variance.
+TOLERANCE = {"ddpm": 0.01, "ddpm_small": 0.01, "ddpm_large": 0.01, "ddim": 0.005, "dpmpp_2m": 0.005, "analytic": 0.001}
+
+
+def test_every_sampler_has_its_tolerance():
+    assert set(TOLERANCE) == set(samplers.METHODS)
+
+
+@pytest.mark.parametrize("prediction", ["x_start", "v", "eps"])
+@pytest.mark.parametrize(("method", "tolerance"), TOLERANCE.items())
+def test_every_sampler_nears_the_data_with_many_steps(monkeypatch, method, tolerance, prediction):
+    process = process_of(prediction)
     weights, mean = response(
         monkeypatch, process, exact_denoiser(process), method=method, timesteps=1000,
         x_start_variance=unknown_of_x_start(process),
@@ -169,6 +201,18 @@ def test_the_ends_of_the_learned_range_are_the_fixed_variances(v_range, variance
         )
     ]
     np.testing.assert_allclose(*drawn, atol=1e-5)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_a_network_with_variance_channels_may_be_sampled_with_a_fixed_variance(variance):
+    learned, fixed = process_of("eps", "learned_range"), process_of("eps", variance)
+    keys = keys_of(2)
+    x_T = samplers.initial_noise(keys, (6,))
+    wild = exact_denoiser(learned, v_range=7.0)
+    method = variance.replace("fixed", "ddpm")
+    chosen = samplers.sample(learned, wild, x_T, keys, method=method, timesteps=10)
+    trained = samplers.sample(fixed, exact_denoiser(fixed), x_T, keys, method="ddpm", timesteps=10)
+    np.testing.assert_allclose(chosen, trained, atol=1e-5)
 
 
 def test_ddim_with_eta_one_is_ancestral_sampling():
@@ -273,13 +317,39 @@ def test_a_processor_of_x_start_has_the_last_word_on_a_known_region():
     assert np.abs(x_0[:, 1::2] - 0.75).min() > 1e-3
 
 
-def test_dynamic_threshold_rescales_only_what_exceeds_the_range():
-    t = jnp.zeros(2, jnp.int32)
-    x = jnp.stack([jnp.linspace(-0.5, 0.5, 101), jnp.linspace(-4.0, 4.0, 101)])
-    got = samplers.dynamic_threshold(0.9)(x, t)
-    np.testing.assert_allclose(got[0], x[0])
-    limit = np.quantile(np.abs(np.linspace(-4, 4, 101)), 0.9)
-    np.testing.assert_allclose(got[1], np.clip(np.linspace(-4, 4, 101) / limit, -1, 1), atol=1e-6)
+@pytest.mark.parametrize(("quantile", "bound"), [(0.9, 1.0), (0.995, 1.0), (0.5, 2.5)])
+def test_dynamic_threshold_rescales_only_what_exceeds_the_range(quantile, bound):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 6, 6, 3)) * np.asarray([0.2, 1.0, 5.0, 20.0])[:, None, None, None]
+    got = samplers.dynamic_threshold(quantile, bound=bound)(jnp.asarray(x, jnp.float32), jnp.zeros(4, jnp.int32))
+    for image, expected in zip(got, x, strict=True):
+        limit = max(np.quantile(np.abs(expected), quantile), bound)
+        np.testing.assert_allclose(image, np.clip(expected, -limit, limit) * bound / limit, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("threshold", "seen"), [("static", [0.5, 1.0, -1.0]), ("dynamic", [0.125, 1.0, -0.5]),
+                                                 ("none", [0.5, 4.0, -2.0])])
+def test_a_threshold_keeps_predictions_in_range_in_its_own_way(threshold, seen):
+    process = process_of(clip_x_start=(-1.0, 1.0))
+    process, process_x_start = samplers.thresholded(process, threshold, quantile=1.0)
+    x_0 = samplers.sample(
+        process, lambda x, t: jnp.asarray([[0.5, 4.0, -2.0]]), jnp.ones((1, 3)), keys_of(1), method="ddim",
+        timesteps=3, process_x_start=process_x_start,
+    )
+    np.testing.assert_allclose(x_0[0], seen, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "clip", "sentence"),
+    [
+        ("dynamik", (-1, 1), "did you mean 'dynamic'"),
+        ("dynamic", None, "clip_x_start is None"),
+        ("dynamic", (0, 1), "into a range"),
+    ],
+)
+def test_a_threshold_that_cannot_be_is_refused(threshold, clip, sentence):
+    with pytest.raises(InputError, match=sentence):
+        samplers.thresholded(process_of(clip_x_start=clip), threshold)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ x at the next cleaner level, and its name in `METHODS`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,12 +14,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from unclip_jax.arrays import ExampleKeys, Timesteps
-from unclip_jax.diffusion.gaussian import AnyData, GaussianDiffusion, ModelOutput, gather
+from unclip_jax.diffusion.gaussian import AnyData, GaussianDiffusion, ModelOutput, Variance, gather
 from unclip_jax.diffusion.schedules import log_snr_half
 from unclip_jax.errors import InputError, nearest
 
 Denoiser = Callable[[AnyData, Timesteps], ModelOutput]
 XStartProcessor = Callable[[AnyData, Timesteps], AnyData]
+
+# Of |x_start| in dynamic thresholding, where a config names no other.
+QUANTILE = 0.995
 
 # Where in an example's stream of noise x_T stands: far past any step.
 _INITIAL = 2**31 - 1
@@ -71,10 +75,11 @@ class Step:
         return self.lookup(np.arange(len(self.diffusion.alpha_bars)) > 0)
 
 
-def _ddpm(step: Step) -> AnyData:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the process's own choice of variance."""
-    mean = step.diffusion.q_posterior(x_start=step.x_start, x_t=step.x_t, t=step.t).mean
-    log_variance = step.diffusion.log_variance(step.v_range, t=step.t, like=step.x_t)
+def _ddpm(step: Step, *, variance: Variance | None = None) -> AnyData:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the process's own choice of variance, or a fixed one."""
+    process = step.diffusion if variance is None else dataclasses.replace(step.diffusion, variance=variance)
+    mean = process.q_posterior(x_start=step.x_start, x_t=step.x_t, t=step.t).mean
+    log_variance = process.log_variance(step.v_range, t=step.t, like=step.x_t)
     return mean + step.not_last() * jnp.exp(0.5 * log_variance) * step.noise()
 
 
@@ -117,6 +122,8 @@ def _dpmpp_2m(step: Step) -> AnyData:
 
 METHODS: dict[str, Callable[[Step], AnyData]] = {
     "ddpm": _ddpm,
+    "ddpm_small": functools.partial(_ddpm, variance="fixed_small"),
+    "ddpm_large": functools.partial(_ddpm, variance="fixed_large"),
     "analytic": _analytic,
     "ddim": _ddim,
     "dpmpp_2m": _dpmpp_2m,
@@ -142,7 +149,8 @@ def sample(
       denoise_fn: fn(x_t, t) -> the network's raw output, with t the original timestep, int32 [b].
       x_T: noise at the first of the timesteps; see `initial_noise`.
       keys: one key per example; an example's sample does not depend on the batch it is in.
-      method: "ddpm", "analytic", "ddim" or "dpmpp_2m".
+      method: a key of METHODS: "ddpm" (with the variance the process was trained with), "ddpm_small" and "ddpm_large"
+        (with beta~ or beta, whatever it was trained with), "analytic", "ddim" or "dpmpp_2m".
       timesteps: a spec of `schedules.sampling_timesteps`, or original timesteps, descending.
       eta: DDIM's share of fresh noise, in [0, 1].
       process_x_start: fn(x_start, t) -> x_start, applied to every prediction before it is clipped to
@@ -214,9 +222,38 @@ def ddim_invert(
     return x_T
 
 
-def dynamic_threshold(quantile: float = 0.995) -> XStartProcessor:
-    """Returns a processor that scales each example so that this quantile of |x_start|, if above 1, becomes 1 (Saharia
-    et al. 2022, section 2.3).
+def thresholded(
+    diffusion: GaussianDiffusion, threshold: str, *, quantile: int | float = QUANTILE
+) -> tuple[GaussianDiffusion, XStartProcessor | None]:
+    """Returns the process and the `process_x_start` that keep predictions of x_start in range in one of three ways.
+
+    Args:
+      diffusion: a process.
+      threshold: "static" clips to the process's own `clip_x_start`; "dynamic" brings each example into that range by
+        `dynamic_threshold`; "none" leaves predictions as they are.
+      quantile: of "dynamic".
+
+    Raises:
+      InputError: an unknown way, a quantile outside (0, 1], or "dynamic" for a process without a range around zero.
+    """
+    if threshold == "static":
+        return diffusion, None
+    if threshold == "none":
+        return dataclasses.replace(diffusion, clip_x_start=None), None
+    if threshold != "dynamic":
+        raise InputError(f"unknown threshold {threshold!r}: {nearest(threshold, ('static', 'dynamic', 'none'))}")
+    low, high = diffusion.clip_x_start or (0.0, 0.0)
+    if high <= 0 or low != -high:
+        raise InputError(
+            f"the threshold 'dynamic' brings predictions into a range [-c, c], but the process's clip_x_start is "
+            f"{diffusion.clip_x_start}: give it one, or use the threshold 'none'"
+        )
+    return diffusion, dynamic_threshold(quantile, bound=high)
+
+
+def dynamic_threshold(quantile: int | float = QUANTILE, *, bound: int | float = 1.0) -> XStartProcessor:
+    """Returns a processor that scales each example so that this quantile of |x_start|, if above `bound`, becomes it
+    (Saharia et al. 2022, section 2.3).
 
     Raises:
       InputError: for a quantile outside (0, 1].
@@ -227,8 +264,8 @@ def dynamic_threshold(quantile: float = 0.995) -> XStartProcessor:
     def process(x_start: AnyData, t: Timesteps) -> AnyData:
         del t
         axes = tuple(range(1, x_start.ndim))
-        limit = jnp.maximum(jnp.quantile(jnp.abs(x_start), quantile, axis=axes, keepdims=True), 1.0)
-        return jnp.clip(x_start, -limit, limit) / limit
+        limit = jnp.maximum(jnp.quantile(jnp.abs(x_start), quantile, axis=axes, keepdims=True), bound)
+        return jnp.clip(x_start, -limit, limit) * (bound / limit)
 
     return process
 

@@ -1,7 +1,7 @@
 """What the diffusion stages share: the process from a config, and one training loss."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -11,8 +11,12 @@ from ml_collections import ConfigDict
 
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.gaussian import GaussianDiffusion
+from unclip_jax.errors import InputError, nearest
 from unclip_jax.models.clip import CLIP
 from unclip_jax.stages import base
+
+# How predictions of x_start may be kept in range, `samplers.thresholded`.
+THRESHOLDS = ("static", "dynamic", "none")
 
 
 def process(config: ConfigDict) -> GaussianDiffusion:
@@ -27,17 +31,28 @@ def process(config: ConfigDict) -> GaussianDiffusion:
     )
 
 
-def sampler(diffusion: GaussianDiffusion, sampling: ConfigDict) -> Callable[..., Array]:
+def sampler(
+    diffusion: GaussianDiffusion, sampling: ConfigDict, *, thresholds: Sequence[str] = THRESHOLDS
+) -> Callable[..., Array]:
     """Returns `samplers.sample` as `config.sampling` sets it: a function of (denoise_fn, x_T, keys).
 
     Raises:
-      InputError: an unknown method, timesteps that the process does not have, or an eta outside [0, 1].
+      InputError: an unknown method, timesteps that the process does not have, an eta outside [0, 1], or a threshold
+        that is not one of `thresholds`.
     """
     # A number of steps, or a named subset such as "fast27".
     timesteps = int(sampling.timesteps) if sampling.timesteps.isdigit() else sampling.timesteps
     chosen = {"method": sampling.method, "timesteps": timesteps, "eta": sampling.eta}
     samplers.check(diffusion, **chosen)
-    return functools.partial(samplers.sample, diffusion, **chosen)
+    threshold = sampling.get("threshold", "static")
+    if threshold not in thresholds:
+        raise InputError(
+            f"config.sampling.threshold={threshold!r} is not one of this stage; {nearest(threshold, thresholds)}"
+        )
+    diffusion, process_x_start = samplers.thresholded(
+        diffusion, threshold, quantile=sampling.get("quantile", samplers.QUANTILE)
+    )
+    return functools.partial(samplers.sample, diffusion, process_x_start=process_x_start, **chosen)
 
 
 def loss(

@@ -29,7 +29,8 @@ class DiffusionPriorStage:
         self.clip = base.clip_network(config)
         self.diffusion = denoising.process(config.diffusion)
         self.sampling = config.sampling
-        self.sampler = denoising.sampler(self.diffusion, config.sampling)
+        # Embeddings are not pixels: what exceeds a range says nothing of how to rescale the rest.
+        self.sampler = denoising.sampler(self.diffusion, config.sampling, thresholds=("static", "none"))
         self.drop = config.drop
         self.scale = config.embedding_scale
         self.context_length = config.model.context_length
