@@ -7,7 +7,7 @@ torch.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -54,12 +54,13 @@ def prepare(name: str, *, data_dir: str, variant: str) -> str:
     return DATASETS[name](data_dir, variant)
 
 
-def open_source(directory: str, split: str) -> Source:
+def open_source(directory: str, split: str, *, required: Sequence[str] = REQUIRED_FEATURES) -> Source:
     """Opens a split of a prepared data set for random access.
 
     Args:
       directory: of a TFDS builder (it holds `dataset_info.json`), local or remote.
       split: its name, or a TFDS slice such as "train[:100]".
+      required: features that the records must have, `image` among them.
 
     Returns:
       Records with `image` (encoded bytes), `caption` (UTF-8 bytes), `id` and whatever else the data set keeps.
@@ -70,7 +71,7 @@ def open_source(directory: str, split: str) -> Source:
     import tensorflow_datasets as tfds
 
     builder = _builder(directory)
-    lacking = [feature for feature in REQUIRED_FEATURES if feature not in builder.info.features]
+    lacking = [feature for feature in required if feature not in builder.info.features]
     if lacking:
         has = ", ".join(builder.info.features)
         raise InputError(f"records in {directory!r} lack {', '.join(lacking)}; they have {has}")
@@ -80,6 +81,32 @@ def open_source(directory: str, split: str) -> Source:
     # TFDS's NotImplementedError: records in a format without random access, such as TFRecord.
     except (NotImplementedError, ValueError, OSError) as error:
         raise InputError(f"split {split!r} in {directory!r} cannot be opened: {error}") from error
+
+
+def class_names(directory: str, feature: str) -> tuple[str, ...]:
+    """Returns the names of a label feature's classes, in their order.
+
+    Args:
+      directory: of a TFDS builder.
+      feature: a ClassLabel, or a sequence of them, of its records.
+
+    Raises:
+      InputError: no such directory, or its records have no such label; those that they have are named.
+    """
+    labels = {name: label for name, value in _builder(directory).info.features.items() if (label := _label(value))}
+    if not labels:
+        raise InputError(f"records in {directory!r} have no feature of class labels (TFDS's ClassLabel)")
+    if feature not in labels:
+        raise InputError(f"records in {directory!r} have no class label {feature!r}; {nearest(feature, labels)}")
+    return tuple(labels[feature].names)
+
+
+def _label(feature: Any) -> Any:
+    """The ClassLabel that a feature is, or that it is a sequence of; None where it is something else."""
+    import tensorflow_datasets as tfds
+
+    inner = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+    return inner if isinstance(inner, tfds.features.ClassLabel) and inner.num_classes else None
 
 
 def fingerprint(directory: str, split: str) -> dict[str, Any]:

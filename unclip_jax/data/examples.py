@@ -1,4 +1,4 @@
-"""From records to the fields of a batch: decode, crop, resize, degrade, tokenize.
+"""From records to the fields of a batch: decode, crop, resize, degrade, tokenize, label.
 
 What an example looks like is a function of (seed, epoch, example index) only, so it does not matter which process,
 thread or host makes it, nor what was made before. `Examples` decodes at every use; `CachedExamples` decodes once and
@@ -21,7 +21,7 @@ from unclip_jax.errors import InputError, nearest
 _LOG = logging.getLogger(__name__)
 IMAGE_FIELDS = ("image", "clip_image", "low_res")
 TOKEN_FIELDS = ("tokens", "clip_tokens")
-FIELDS = (*IMAGE_FIELDS, *TOKEN_FIELDS, "id")
+FIELDS = (*IMAGE_FIELDS, *TOKEN_FIELDS, "id", "label")
 
 # A bad example is replaced by another; if that many in a row are bad, the data set is.
 _REPLACEMENTS = 64
@@ -51,6 +51,7 @@ class Preparation:
         upsamplers train at 0.25 (Table 3).
       flip: probability of mirroring left and right, for data without "left of" in its captions.
       degradation: what `low_res` suffers, a key of `degradations.DEGRADATIONS`.
+      label: feature of the records that `label` is read from, a class or several; "" where the batch has no labels.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -59,6 +60,7 @@ class Preparation:
     crop: float = 1.0
     flip: float = 0.0
     degradation: str = "none"
+    label: str = ""
 
     def __post_init__(self):
         for field, shape in self.shapes.items():
@@ -74,6 +76,8 @@ class Preparation:
             raise InputError(f"flip is {self.flip}; it is a probability, from 0 to 1")
         if "low_res" in self.shapes and self.size("image") < self.size("low_res"):
             raise InputError(f"low_res ({self.size('low_res')}) needs an image of its size or larger")
+        if "label" in self.shapes and not self.label:
+            raise InputError("the batch has labels, but no feature of the records was named to read them from")
 
     def size(self, field: str) -> int:
         """Pixels a side of an image field; 0 if the batch lacks it."""
@@ -154,9 +158,10 @@ class Examples:
         """Returns what does not change from epoch to epoch, or notes why there is nothing."""
         record = self.source[index]
         try:
-            return {**self._still_images(record), "caption": _text(record["caption"])}
+            label = {"label": only_class(record[self.preparation.label])} if "label" in self.preparation.shapes else {}
+            return {**self._still_images(record), "caption": _text(record.get("caption", "")), **label}
         except InputError as error:
-            bad.append(Bad(index, _text(record["id"]), str(error)))
+            bad.append(Bad(index, _text(record.get("id", index)), str(error)))
             return None
 
     def _still_images(self, record: Mapping[str, Any]) -> Fields:
@@ -205,6 +210,8 @@ class Examples:
         for name, shape in shapes.items():
             if name == "id":
                 fields[name] = np.array([index for _, index, _ in chosen], np.uint32)
+            elif name == "label":
+                fields[name] = np.array([base["label"] for _, _, base in chosen], np.int32)
             elif name in TOKEN_FIELDS:
                 assert self.tokenizer is not None
                 fields[name] = self.tokenizer.encode(captions, shape[0])
@@ -280,6 +287,15 @@ class CachedExamples(Examples):
             else:
                 fields[name] = rows.astype(np.uint32) if name == "id" else self._kept[name][rows]
         return fields
+
+
+def only_class(value: Any) -> int:
+    """Returns the one class that a label feature names: its value, or that of all its entries that are not negative.
+
+    -1 where it names no class, or several: what an image of two things should be called is open.
+    """
+    named = {int(number) for number in np.ravel(value) if number >= 0}
+    return named.pop() if len(named) == 1 else -1
 
 
 def _with_replacements(index: int, count: int) -> Iterator[int]:

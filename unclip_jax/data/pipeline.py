@@ -157,6 +157,7 @@ def evaluation_batches(
     tokenizer: Tokenizer | None,
     batch_size: int,
     limit: int | None = None,
+    shuffle_seed: int | None = None,
     host_index: int = 0,
     host_count: int = 1,
     workers: int = 0,
@@ -164,9 +165,10 @@ def evaluation_batches(
     resize: str = "area",
     crop: float = 1.0,
     degradation: str = "none",
+    label: str = "",
     max_bad_fraction: float = 0.01,
 ) -> Batches:
-    """Returns an iterator over this host's part of each example once, in the order of the source.
+    """Returns an iterator over this host's part of each example once, in the order of the source or a random one.
 
     Every batch has a further field `mask`, bool [b]: False where the last batch is filled up and where an example
     cannot be used; all other fields are 0 there. Hosts' batches laid end to end are the global batch, and every host
@@ -174,6 +176,9 @@ def evaluation_batches(
 
     Args:
       limit: number of examples from the beginning; None for all.
+      shuffle_seed: examples come in the order of training's first epoch under this seed, so that `limit` takes a random
+        part; None for the order of the source.
+      label: feature of the records that the field `label` is read from (`examples.only_class`), -1 for no label.
       Others as in `training_batches`.
 
     Raises:
@@ -182,11 +187,13 @@ def evaluation_batches(
     local = _local_size(spec, batch_size=batch_size, host_index=host_index, host_count=host_count)
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be 1 or more")
-    preparation = Preparation(shapes=_shapes(spec), seed=0, resize=resize, crop=crop, degradation=degradation)
+    preparation = Preparation(
+        shapes=_shapes(spec), seed=0, resize=resize, crop=crop, degradation=degradation, label=label
+    )
     examples = Examples(source, preparation=preparation, tokenizer=tokenizer)
     count = min(len(examples), limit or len(examples))
     starts = grain.MapDataset.range(host_index * local, -(-count // batch_size) * batch_size, batch_size)
-    batches = starts.map(_EvaluationBatch(examples, count=count, size=local))
+    batches = starts.map(_EvaluationBatch(examples, count=count, size=local, shuffle_seed=shuffle_seed))
     reading = _read_ahead(batches, workers=workers, threads=threads)
     return Batches(reading, examples=count, max_bad_fraction=max_bad_fraction)
 
@@ -211,13 +218,17 @@ class _TrainingBatch:
 
 
 class _EvaluationBatch:
-    def __init__(self, examples: Examples, *, count: int, size: int):
+    def __init__(self, examples: Examples, *, count: int, size: int, shuffle_seed: int | None):
         self.examples = examples
         self.count = count
         self.size = size
+        self.shuffle_seed = shuffle_seed
 
     def __call__(self, start: int) -> tuple[Fields, str]:
-        there = range(start, min(start + self.size, self.count))
+        there = list(range(start, min(start + self.size, self.count)))
+        if self.shuffle_seed is not None:
+            _, shuffled = order.shuffled(np.array(there, np.int64), count=len(self.examples), seed=self.shuffle_seed)
+            there = shuffled.tolist()
         made, bad = self.examples.batch_as_is(there)
         missing = self.size - len(there)
         fields = {name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)) for name, values in made.items()}
@@ -240,10 +251,13 @@ def _local_size(spec: Spec, *, batch_size: int, host_index: int, host_count: int
     return batch_size // host_count
 
 
+_DTYPES = {"id": "uint32", "label": "int32", "tokens": "int32", "clip_tokens": "int32"}  # of the others: uint8
+
+
 def _shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     """Checks the dtypes and returns field -> shape of one example."""
     for name, field in spec.items():
-        needed = np.dtype({"id": "uint32", "tokens": "int32", "clip_tokens": "int32"}.get(name, "uint8"))
+        needed = np.dtype(_DTYPES.get(name, "uint8"))
         if field.dtype != needed:
             raise InputError(f"field {name!r} is {field.dtype} in the spec, but the data is {needed}")
     return {name: tuple(field.shape[1:]) for name, field in spec.items()}
