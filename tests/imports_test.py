@@ -17,7 +17,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("arrays", "sharding", "config", "state", "programs"),
-    ("models", "diffusion", "data", "optim", "checkpoint", "metrics"),
+    ("replicas",),  # one replica's view of a batch
+    ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics"),
     ("stages", "evaluation", "interop"),
     ("parts", "captioned_grid"),  # parts: trained networks, read from their workdirs
     ("unclip", "report", "jobs"),  # jobs: runs programs side by side
@@ -32,7 +33,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 # Parts that may not use everything beneath them. A stage is pure functions; the data it is fed is not its business.
 ONLY = {
-    "stages": {"errors", "arrays", "sharding", "models", "diffusion"},
+    "stages": {"errors", "arrays", "sharding", "replicas", "models", "diffusion"},
     "models": {"errors", "arrays"},
     "diffusion": {"errors", "arrays"},
     "data": {"errors", "arrays"},

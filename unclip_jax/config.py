@@ -89,6 +89,7 @@ RULES: dict[str, Any] = {
               "beta2": Rule(float, 0, 0.9999999), "eps": Rule(float, 0, 1), "weight_decay": RATE, "decay": TEXT,
               "grad_clip": RATE, "accumulation": SIZE, "ema_decay": FRACTION, "ema_warmup": SWITCH,
               **_durations("warmup")},
+    "sam": {"rho": RATE, "pairs": SIZE, "negatives": TEXT},
     "frozen": {"clip": TEXT},
     "mesh": {"data": Rule(int, -1), "fsdp": Rule(int, -1), "model": Rule(int, -1)},
     "sharding": Rule(tuple),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
-from unclip_jax import optim, sharding
+from unclip_jax import optim, replicas, sharding, sharpness
 from unclip_jax.errors import InputError
 from unclip_jax.stages import base
 from unclip_jax.state import TrainState
@@ -84,7 +84,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
     frozen = _abstract(boxed_frozen, sharding.shardings(boxed_frozen, rules, mesh))
     state_sharding = jax.tree.map(lambda x: x.sharding, state)
     batch_sharding = sharding.batch_sharding(mesh)
-    step = functools.partial(_train_step, config, stage, optimizer, learning_rate)
+    gradient = _value_and_grad(config, stage, mesh)
+    step = functools.partial(_train_step, config, gradient, optimizer, learning_rate)
     return Program(
         config=config,
         mesh=mesh,
@@ -97,9 +98,31 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
         init=jax.jit(
             lambda rng: nn.meta.unbox(init_boxed(rng)), out_shardings=state_sharding, compiler_options=_once(mesh)
         ),
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))),
-        predict={name: jax.jit(fn) for name, fn in stage.predict_fns().items()},
+        train_step=jax.jit(
+            _on(mesh, step), donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
+        ),
+        predict={name: jax.jit(_on(mesh, fn)) for name, fn in stage.predict_fns().items()},
     )
+
+
+def _on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn`, which where it is traced knows over which devices its batch is split."""
+
+    @functools.wraps(fn)
+    def wrapped(*arguments):
+        with replicas.on(mesh):
+            return fn(*arguments)
+
+    return wrapped
+
+
+def _value_and_grad(config: ConfigDict, stage: base.Stage, mesh: Mesh) -> Callable[..., Any]:
+    """Returns fn(params, frozen, batch, rng) -> ((loss, metrics), gradient) of a whole batch."""
+    loss = functools.partial(stage.loss, train=True)
+    if not config.get("sam") or not config.sam.rho:
+        return jax.value_and_grad(loss, has_aux=True)
+    sharpness.check(config.sam, batch_size=config.batch_size // config.optim.accumulation, mesh=mesh)
+    return sharpness.value_and_grad(loss, config.sam, mesh)
 
 
 def _once(mesh: Mesh) -> dict[str, Any] | None:
@@ -114,11 +137,11 @@ def _abstract(boxed: Any, shardings: Any) -> Any:
     return jax.tree.map(one, nn.meta.unbox(boxed), shardings)
 
 
-def _train_step(config, stage, optimizer, learning_rate, state: TrainState, frozen, batch):
+def _train_step(config, gradient, optimizer, learning_rate, state: TrainState, frozen, batch):
     """One step of any stage. A loss or gradient that is not finite changes nothing but the counters."""
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
     frozen = {**frozen, "statistics": state.statistics}
-    loss, parts, grads = _gradient(config, stage, state.params, frozen, batch, rng)
+    loss, parts, grads = _accumulated(config, gradient, state.params, frozen, batch, rng)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -153,9 +176,8 @@ def _train_step(config, stage, optimizer, learning_rate, state: TrainState, froz
     return new, {**report, **parts}
 
 
-def _gradient(config, stage, params, frozen, batch, rng):
+def _accumulated(config, value_and_grad, params, frozen, batch, rng):
     """Returns loss, metrics and gradient of a batch, in one piece or as the mean over equal parts of it."""
-    value_and_grad = jax.value_and_grad(functools.partial(stage.loss, train=True), has_aux=True)
     parts = config.optim.accumulation
     if parts == 1:
         (loss, aux), grads = value_and_grad(params, frozen, batch, rng)

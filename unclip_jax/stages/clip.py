@@ -9,26 +9,34 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from unclip_jax import replicas
 from unclip_jax.arrays import Embeddings, from_uint8
 from unclip_jax.models.clip import CLIP
 from unclip_jax.stages import base
 
 
-def contrastive_loss(z_i: Embeddings, z_t: Embeddings, scale: Float[Array, ""]) -> tuple[Float[Array, ""], Array]:
+def contrastive_loss(
+    z_i: Embeddings, z_t: Embeddings, scale: Float[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Symmetric cross-entropy of matching each image to its caption and back, over the global batch.
 
+    A replica compares its own b pairs with those of all replicas and so holds b rows of logits each way, never the
+    whole square.
+
     Args:
-      z_i, z_t: normalised embeddings of b pairs.
+      z_i, z_t: normalised embeddings of this replica's b pairs.
       scale: the logits' factor, 1 / temperature.
 
     Returns:
-      The mean of both directions, and the logits [b images, b captions].
+      The mean over this replica's rows of both directions, and the share of images whose own caption is the nearest.
     """
-    logits = scale * z_i @ z_t.T
-    labels = jnp.arange(logits.shape[0])
-    image_to_text = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    text_to_image = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
-    return (image_to_text.mean() + text_to_image.mean()) / 2, logits
+    labels = replicas.first_row(len(z_i)) + jnp.arange(len(z_i))
+    by_image = scale * z_i @ replicas.gather(z_t).T
+    by_caption = scale * z_t @ replicas.gather(z_i).T
+    image_to_text = optax.softmax_cross_entropy_with_integer_labels(by_image, labels)
+    text_to_image = optax.softmax_cross_entropy_with_integer_labels(by_caption, labels)
+    hits = jnp.argmax(by_image, -1) == labels
+    return (image_to_text.mean() + text_to_image.mean()) / 2, {"accuracy": hits.mean(dtype=jnp.float32)}
 
 
 class CLIPStage:
@@ -67,9 +75,10 @@ class CLIPStage:
     def loss(self, params, frozen, batch, rng, *, train):
         z_i, z_t, log_scale = self.network.apply(params, from_uint8(batch["clip_image"]), batch["clip_tokens"])
         scale = jnp.exp(jnp.minimum(log_scale, jnp.log(self.logit_scale_max)))
-        loss, logits = contrastive_loss(base.normalize(z_i), base.normalize(z_t), scale)
-        hits = jnp.argmax(logits, -1) == jnp.arange(logits.shape[0])
-        return loss, {"accuracy": hits.mean(dtype=jnp.float32), "logit_scale": scale}
+        loss, metrics = replicas.by_rows(
+            contrastive_loss, base.normalize(z_i), base.normalize(z_t), whole=scale
+        )
+        return loss, {**metrics, "logit_scale": scale}
 
     def predict_fns(self) -> dict[str, base.Predict]:
         def loss(params, frozen, batch, rng):
