@@ -36,6 +36,7 @@ setup(
         "matplotlib>=3.11.2",
         "ml_collections>=1.1.0",
         "numpy>=2.4.6",
+        "opencv-python-headless>=5.0.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",

@@ -31,6 +31,10 @@ def spec_of(*names, batch_size=GLOBAL):
     return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in chosen.items()}
 
 
+def low_res_of(side):
+    return jax.ShapeDtypeStruct((GLOBAL, side, side, 3), np.uint8)
+
+
 def pixels_of(index):
     return np.random.default_rng(index).integers(0, 256, (20, 24, 3), np.uint8)
 
@@ -80,7 +84,8 @@ def assert_same(left, right):
             assert a[name].dtype == b[name].dtype
 
 
-RANDOM = {"crop": 0.8, "flip": 0.5, "degradation": "gaussian_blur"}
+# BSR draws most of all, in an example's own time and place.
+RANDOM = {"crop": 0.8, "flip": 0.5, "degradation": "bsr"}
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
@@ -184,6 +189,21 @@ def test_low_res_alone_is_degraded(tokenizer):
             np.testing.assert_array_equal(degradations.gaussian_blur(before), after)
 
 
+def test_bsr_degrades_the_crop_itself_anew_in_every_epoch(tokenizer):
+    source = Records(8)
+    for record, index in zip(source, range(8), strict=True):
+        buffer = io.BytesIO()
+        coarse = np.random.default_rng(index).integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+        record["image"] = buffer.getvalue()
+    batches = training(tokenizer, source, 6, crop=0.25, degradation="bsr")
+    large, small = (np.concatenate([batch[name] for batch in batches]) for name in ("image", "low_res"))
+    assert len({image.tobytes() for image in small}) == 48
+    # Crops of a quarter have colours of their own, and theirs is the degraded one's.
+    assert np.corrcoef(large.mean((1, 2)).ravel(), small.mean((1, 2)).ravel())[0, 1] > 0.98
+    assert np.abs(large.mean((1, 2)) - small.mean((1, 2))).mean() < 5 < large.mean((1, 2)).std()
+
+
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_bad_examples_are_replaced_counted_and_named(tokenizer, caplog, cache):
     broken = (3, 8)
@@ -258,6 +278,8 @@ def test_evaluation_limit(tokenizer):
         ({"flip": 1.5}, "flip is 1.5"),
         ({"resize": "nearest"}, "no resizing filter"),
         ({"degradation": "gausian_blur"}, "did you mean 'gaussian_blur'"),
+        ({"degradation": "bsr", "spec": {**spec_of("image"), "low_res": low_res_of(5)}}, "'bsr' .* 16 to 5 pixels"),
+        ({"degradation": "bsrgan", "spec": {**spec_of("image"), "low_res": low_res_of(16)}}, "from 16 to 16 pixels"),
         ({"tokenizer": None}, "no tokenizer"),
         ({"source": []}, "empty"),
         ({"spec": {"imag": jax.ShapeDtypeStruct((GLOBAL, 4, 4, 3), np.uint8)}}, "did you mean 'image'"),

@@ -1,19 +1,21 @@
-"""How the low-resolution condition of an upsampler is spoilt in training (DALL-E 2, section 2.1).
+"""How the low-resolution condition of an upsampler is made, and spoilt, in training (DALL-E 2, section 2.1).
 
 An upsampler that has only seen clean reductions of photographs copies the faults of the decoder's samples. Each entry
-of `DEGRADATIONS` maps (uint8 [h, w, 3], a generator) to uint8 [h, w, 3].
+of `DEGRADATIONS` makes the small image out of the large one: some shrink it and then spoil what is left, BSR shrinks
+as it goes.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
+import cv2
 import numpy as np
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import UInt8
 
+from unclip_jax.data import bsr, resize
 from unclip_jax.errors import InputError, nearest
 
-Degrade = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+MakeLowRes = Callable[..., np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +23,15 @@ class Degradation:
     """One entry of the table.
 
     Attributes:
-      apply: (uint8 [h, w, 3], generator) -> uint8 [h, w, 3].
-      draws: "nothing" if the result is a function of the image alone and may be computed once, else "noise".
+      low_res: (image, size=, method=, rng=) -> small image, both uint8, square and RGB. `size` is the new side,
+        `method` one of `resize.FILTERS` for those that shrink first, and `rng` the example's own generator.
+      draws: whether it draws from the generator; if not, its result may be computed once and kept.
+      whole_factor: whether it shrinks by 2, 3, 4 and so on only.
     """
 
-    apply: Degrade
-    draws: str
+    low_res: MakeLowRes
+    draws: bool = False
+    whole_factor: bool = False
 
 
 def gaussian_blur(
@@ -42,34 +47,37 @@ def gaussian_blur(
     Returns:
       uint8 [h, w, c], rounded to nearest. Edges are mirrored about the outermost pixel.
     """
-    kernel = _gaussian(kernel_size, sigma)
-    blurred = image.astype(np.float32)
-    for axis in (0, 1):
-        size = image.shape[axis]
-        sources = [_mirrored(size, tap - kernel_size // 2) for tap in range(kernel_size)]
-        blurred = sum(weight * blurred.take(source, axis=axis) for weight, source in zip(kernel, sources, strict=True))
-    return np.ascontiguousarray(np.rint(blurred).astype(np.uint8))
-
-
-@functools.lru_cache(maxsize=256)
-def _mirrored(size: int, offset: int) -> Int64[np.ndarray, " n"]:
-    """Positions 0..size-1 moved by `offset`, those outside reflected about the outermost pixel."""
-    places = np.abs(np.arange(size, dtype=np.int64) + offset)
-    return np.where(places < size, places, 2 * (size - 1) - places)
-
-
-@functools.lru_cache(maxsize=256)
-def _gaussian(kernel_size: int, sigma: float) -> Float[np.ndarray, " k"]:
     if kernel_size < 1 or kernel_size % 2 == 0 or not sigma > 0:
         raise InputError(f"a blur needs an odd kernel and a positive sigma, not {kernel_size} and {sigma}")
-    offsets = np.arange(kernel_size) - kernel_size // 2
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-    return (weights / weights.sum()).astype(np.float32)
+    pixels = image.astype(np.float32)
+    blurred = cv2.GaussianBlur(pixels, (kernel_size, kernel_size), sigma, borderType=cv2.BORDER_REFLECT_101)
+    return np.rint(blurred).astype(np.uint8)
 
 
+def _shrunk(spoil: Callable[[np.ndarray], np.ndarray]) -> MakeLowRes:
+    """Shrinks cleanly, then spoils the small image."""
+
+    def low_res(image: np.ndarray, *, size: int, method: str, rng: np.random.Generator) -> np.ndarray:
+        return spoil(resize.square(image, size=size, method=method))
+
+    return low_res
+
+
+def _bsr(process: bsr.Process) -> MakeLowRes:
+    """Shrinks as the process draws it; `method` has no say in it."""
+
+    def low_res(image: np.ndarray, *, size: int, method: str, rng: np.random.Generator) -> np.ndarray:
+        return bsr.degrade(image, factor=image.shape[0] // size, process=process, rng=rng)
+
+    return low_res
+
+
+# The paper's are "gaussian_blur" for 64->256 and "bsr" for 256->1024 (appendix C).
 DEGRADATIONS = {
-    "none": Degradation(lambda image, rng: image, draws="nothing"),
-    "gaussian_blur": Degradation(lambda image, rng: gaussian_blur(image), draws="nothing"),
+    "none": Degradation(_shrunk(lambda small: small)),
+    "gaussian_blur": Degradation(_shrunk(gaussian_blur)),
+    "bsr": Degradation(_bsr(bsr.LIGHT), draws=True, whole_factor=True),
+    "bsrgan": Degradation(_bsr(bsr.BSRGAN), draws=True, whole_factor=True),
 }
 
 

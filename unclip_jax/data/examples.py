@@ -50,7 +50,7 @@ class Preparation:
       crop: `image` is a random window out of an image of size / crop pixels a side; 1 is the whole image. The paper's
         upsamplers train at 0.25 (Table 3).
       flip: probability of mirroring left and right, for data without "left of" in its captions.
-      degradation: what `low_res` suffers, a key of `degradations.DEGRADATIONS`.
+      degradation: how `low_res` is made of `image`, a key of `degradations.DEGRADATIONS`.
       label: feature of the records that `label` is read from, a class or several; "" where the batch has no labels.
     """
 
@@ -69,13 +69,20 @@ class Preparation:
             if field in IMAGE_FIELDS and not (len(shape) == 3 and shape[0] == shape[1] and shape[2] == 3):
                 raise InputError(f"field {field!r} has shape {shape} an example, but must be square RGB, (s, s, 3)")
         resize.check_filter(self.resize)
-        degradations.named(self.degradation)
+        degradation = degradations.named(self.degradation)
         if not 0.0 < self.crop <= 1.0:
             raise InputError(f"crop is {self.crop}; it is a fraction of the image's side, above 0 and up to 1")
         if not 0.0 <= self.flip <= 1.0:
             raise InputError(f"flip is {self.flip}; it is a probability, from 0 to 1")
-        if "low_res" in self.shapes and self.size("image") < self.size("low_res"):
-            raise InputError(f"low_res ({self.size('low_res')}) needs an image of its size or larger")
+        if "low_res" in self.shapes:
+            large, small = self.size("image"), self.size("low_res")
+            if large < small:
+                raise InputError(f"low_res ({small}) needs an image of its size or larger")
+            if degradation.whole_factor and (large % small or large < 2 * small):
+                raise InputError(
+                    f"degradation {self.degradation!r} shrinks by 2, 3, 4 or another whole factor, not from {large} to "
+                    f"{small} pixels"
+                )
         if "label" in self.shapes and not self.label:
             raise InputError("the batch has labels, but no feature of the records was named to read them from")
 
@@ -91,7 +98,7 @@ class Preparation:
     @property
     def draws(self) -> bool:
         """Whether an example's pixels differ from epoch to epoch; `clip_image` is mirrored, but never cropped."""
-        noisy = "low_res" in self.shapes and degradations.named(self.degradation).draws != "nothing"
+        noisy = "low_res" in self.shapes and degradations.named(self.degradation).draws
         return self.crop < 1.0 or self.flip > 0.0 or noisy
 
 
@@ -102,6 +109,16 @@ class Bad:
     index: int
     name: str
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """An example of a batch: its index, its images as they go into the batch, its caption and label."""
+
+    index: int
+    images: Fields
+    caption: str
+    label: int
 
 
 class Examples:
@@ -131,14 +148,14 @@ class Examples:
             good = self._first_good(index, bad)
             if good is None:
                 return None, bad
-            chosen.append((epoch, *good))
+            chosen.append(self._drawn(epoch, *good))
         return self._collate(chosen), bad
 
     def batch_as_is(self, indices: Sequence[int]) -> tuple[Fields, list[Bad]]:
         """Makes a batch of example indices with a bool field `mask`, False (and zeros) where an example is bad."""
         bad: list[Bad] = []
-        good = [(0, index, base) for index in indices if (base := self._load(index, bad)) is not None]
-        kept = {index for _, index, _ in good}
+        good = [self._drawn(0, index, base) for index in indices if (base := self._load(index, bad)) is not None]
+        kept = {one.index for one in good}
         mask = np.array([index in kept for index in indices], bool)
         made = self._collate(good)
         fields = {name: np.zeros((len(indices), *values.shape[1:]), values.dtype) for name, values in made.items()}
@@ -146,7 +163,7 @@ class Examples:
             fields[name][mask] = values
         return {**fields, "mask": mask}, bad
 
-    def _first_good(self, index: int, bad: list[Bad]) -> tuple[int, Any] | None:
+    def _first_good(self, index: int, bad: list[Bad]) -> tuple[int, dict[str, Any]] | None:
         # A function of the index alone, so that a resumed run replaces by the same example.
         for candidate in _with_replacements(index, len(self)):
             base = self._load(candidate, bad)
@@ -171,55 +188,53 @@ class Examples:
         decoded = images.decode(record["image"])
         made = {}
         if "image" in todo.shapes:
-            made["image"] = resize.square(decoded, size=todo.full_size, method=todo.resize)
+            made["image"] = self._before_cropping(decoded)
         if "clip_image" in todo.shapes:
             made["clip_image"] = resize.square(decoded, size=todo.size("clip_image"), method=todo.resize)
         if "low_res" in todo.shapes and not todo.draws:
             made["low_res"] = self._low_res(made["image"], np.random.default_rng(0))
         return made
 
+    def _before_cropping(self, decoded: np.ndarray) -> np.ndarray:
+        # What is cropped is resized later, and then no more of it than the window where that can be.
+        todo = self.preparation
+        return resize.square(decoded, size=todo.full_size, method=todo.resize) if todo.crop == 1.0 else decoded
+
     def _low_res(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         todo = self.preparation
-        small = resize.square(image, size=todo.size("low_res"), method=todo.resize)
-        return degradations.named(todo.degradation).apply(small, rng)
+        make = degradations.named(todo.degradation).low_res
+        return make(image, size=todo.size("low_res"), method=todo.resize, rng=rng)
 
-    def _moving_images(self, still: Fields, epoch: int, index: int) -> Fields:
+    def _drawn(self, epoch: int, index: int, base: dict[str, Any]) -> _Chosen:
         """Applies what is drawn anew for each epoch: window, mirroring and noise."""
         todo = self.preparation
-        if not todo.draws:
-            return still
-        rng = np.random.default_rng((todo.seed, epoch, index))
-        made = dict(still)
-        if todo.crop < 1.0:
-            made["image"] = resize.random_crop(still["image"], size=todo.size("image"), rng=rng)
-        if todo.flip > 0.0 and rng.random() < todo.flip:
-            made = {name: pixels[:, ::-1] for name, pixels in made.items()}
-        if "low_res" in todo.shapes:
-            made["low_res"] = self._low_res(np.ascontiguousarray(made["image"]), rng)
-        return made
+        made = {name: base[name] for name in IMAGE_FIELDS if name in base}
+        if todo.draws:
+            rng = np.random.default_rng((todo.seed, epoch, index))
+            if todo.crop < 1.0 and "image" in made:
+                made["image"] = resize.random_crop(
+                    made["image"], full_size=todo.full_size, size=todo.size("image"), method=todo.resize, rng=rng
+                )
+            if todo.flip > 0.0 and rng.random() < todo.flip:
+                made = {name: pixels[:, ::-1] for name, pixels in made.items()}
+            if "low_res" in todo.shapes:
+                made["low_res"] = self._low_res(np.ascontiguousarray(made["image"]), rng)
+        return _Chosen(index, made, base.get("caption", ""), base.get("label", -1))
 
-    def _collate(self, chosen: Sequence[tuple[int, int, dict[str, Any]]]) -> Fields:
-        """Stacks (epoch, example index, loaded example) into the fields of the batch, in the order of the spec."""
-        shapes = self.preparation.shapes
-        captions = [base["caption"] for _, _, base in chosen]
-        pixels = [
-            self._moving_images({name: base[name] for name in IMAGE_FIELDS if name in base}, epoch, index)
-            for epoch, index, base in chosen
-        ]
+    def _collate(self, chosen: Sequence[_Chosen]) -> Fields:
+        """Stacks examples into the fields of the batch, in the order of the spec."""
+        captions = [one.caption for one in chosen]
         fields: Fields = {}
-        for name, shape in shapes.items():
+        for name, shape in self.preparation.shapes.items():
             if name == "id":
-                fields[name] = np.array([index for _, index, _ in chosen], np.uint32)
+                fields[name] = np.array([one.index for one in chosen], np.uint32)
             elif name == "label":
-                fields[name] = np.array([base["label"] for _, _, base in chosen], np.int32)
+                fields[name] = np.array([one.label for one in chosen], np.int32)
             elif name in TOKEN_FIELDS:
                 assert self.tokenizer is not None
                 fields[name] = self.tokenizer.encode(captions, shape[0])
             else:
-                stacked = np.empty((len(chosen), *shape), np.uint8)
-                for row, made in zip(stacked, pixels, strict=True):
-                    row[...] = made[name]
-                fields[name] = stacked
+                fields[name] = _stack([one.images[name] for one in chosen], shape)
         return fields
 
 
@@ -263,29 +278,27 @@ class CachedExamples(Examples):
         bad: list[Bad] = []
         return super()._load(index, bad), bad
 
+    def _before_cropping(self, decoded: np.ndarray) -> np.ndarray:
+        return resize.square(decoded, size=self.preparation.full_size, method=self.preparation.resize)
+
     def _load(self, index: int, bad: list[Bad]) -> dict[str, Any] | None:
         if index in self._bad:
             bad.append(self._bad[index])
             return None
-        return {}
-
-    def _collate(self, chosen: Sequence[tuple[int, int, dict[str, Any]]]) -> Fields:
-        rows = np.array([index for _, index, _ in chosen], np.int64)
-        shapes = self.preparation.shapes
         if not self.preparation.draws:
-            return {name: rows.astype(np.uint32) if name == "id" else self._kept[name][rows] for name in shapes}
-        moved = [
-            self._moving_images(
-                {name: kept[index] for name, kept in self._kept.items() if name in IMAGE_FIELDS}, epoch, index
-            )
-            for epoch, index, _ in chosen
-        ]
+            return {}  # all rows of a batch are taken in one go
+        return {name: kept[index] for name, kept in self._kept.items() if name in IMAGE_FIELDS}
+
+    def _collate(self, chosen: Sequence[_Chosen]) -> Fields:
+        rows = np.array([one.index for one in chosen], np.int64)
         fields: Fields = {}
-        for name, shape in shapes.items():
-            if name in IMAGE_FIELDS:
-                fields[name] = np.array([made[name] for made in moved], np.uint8).reshape(len(chosen), *shape)
+        for name, shape in self.preparation.shapes.items():
+            if name == "id":
+                fields[name] = rows.astype(np.uint32)
+            elif name in IMAGE_FIELDS and self.preparation.draws:
+                fields[name] = _stack([one.images[name] for one in chosen], shape)
             else:
-                fields[name] = rows.astype(np.uint32) if name == "id" else self._kept[name][rows]
+                fields[name] = self._kept[name][rows]
         return fields
 
 
@@ -296,6 +309,13 @@ def only_class(value: Any) -> int:
     """
     named = {int(number) for number in np.ravel(value) if number >= 0}
     return named.pop() if len(named) == 1 else -1
+
+
+def _stack(images: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    stacked = np.empty((len(images), *shape), np.uint8)
+    for row, image in zip(stacked, images, strict=True):
+        row[...] = image
+    return stacked
 
 
 def _with_replacements(index: int, count: int) -> Iterator[int]:

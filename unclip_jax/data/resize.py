@@ -1,18 +1,20 @@
-"""Crops and antialiased resizing of decoded images, through Pillow.
+"""Crops and antialiased resizing of decoded images.
 
 Targets of the 64-pixel decoder and of the upsamplers are made by area or bicubic reduction and never by picking
 pixels, which aliases.
 """
 
+import cv2
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from unclip_jax.errors import InputError, nearest
 
-# How a larger image becomes a smaller one. "area" averages the source pixels that a target pixel covers; "bicubic"
-# weighs four target pixels' worth of them (Keys, a = -0.5) and keeps edges crisper.
-FILTERS = {"area": Image.Resampling.BOX, "bicubic": Image.Resampling.BICUBIC}
+# How a larger image becomes a smaller one. "area" averages the source pixels that a target pixel covers, those at its
+# edges in part (Pillow's filter of that name takes them whole or not at all, and between 1 and 2 picks pixels);
+# "bicubic" weighs four target pixels' worth of them (Keys, a = -0.5) and keeps edges crisper.
+FILTERS = ("area", "bicubic")
 
 # Pillow first shrinks by a whole factor (averaging) to this many times the target, then filters: a tenth of the time
 # on photographs, at differences below one grey level in the mean.
@@ -31,29 +33,38 @@ def square(image: UInt8[np.ndarray, "h w 3"], *, size: int, method: str = "area"
     Args:
       image: uint8 [h, w, 3] in [0, 255].
       size: pixels a side of the result.
-      method: filter for shrinking, a key of `FILTERS`; enlarging is always bicubic.
+      method: filter for shrinking, one of `FILTERS`; enlarging is always bicubic.
     """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    region = _centre(image)
+    side = region.shape[0]
     if side == size:
-        return np.ascontiguousarray(image[top : top + side, left : left + side])
-    if method == "area" and side > size and side % size == 0:
-        # One exact mean per pixel. The general filter rounds after each axis, halves upwards, which brightens by a
-        # quarter of a grey level at factor 2.
-        pixels = Image.fromarray(image[top : top + side, left : left + side])
-        return np.array(pixels.reduce(side // size))
+        return np.ascontiguousarray(region)
+    if method == "area" and side > size:
+        return cv2.resize(region, (size, size), interpolation=cv2.INTER_AREA)
     # An area filter would repeat pixels where it enlarges.
-    resample = FILTERS[method] if side > size else Image.Resampling.BICUBIC
-    region = (left, top, left + side, top + side)
-    gap = _REDUCING_GAP if side > size and method == "bicubic" else None
-    return np.array(Image.fromarray(image).resize((size, size), resample, box=region, reducing_gap=gap))
+    gap = _REDUCING_GAP if side > size else None
+    return np.asarray(Image.fromarray(region).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=gap))
 
 
 def random_crop(
-    image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
+    image: UInt8[np.ndarray, "h w 3"], *, full_size: int, size: int, method: str, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns a window of `size` pixels a side, every position equally likely."""
+    """Returns a window of `size` pixels a side out of what `square` gives at `full_size`, all places equally likely.
+
+    Where whole pixels of the image make one of the square, no more than the window is computed.
+    """
+    top, left = rng.integers(full_size - size + 1, size=2).tolist()
+    region = _centre(image)
+    step = region.shape[0] // full_size
+    if region.shape[0] == full_size or (method == "area" and region.shape[0] == step * full_size):
+        rows, columns = (slice(step * at, step * (at + size)) for at in (top, left))
+        return square(region[rows, columns], size=size, method=method)
+    return square(region, size=full_size, method=method)[top : top + size, left : left + size]
+
+
+def _centre(image: np.ndarray) -> np.ndarray:
+    """The largest centred square, as a view."""
     height, width = image.shape[:2]
-    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
-    return image[top : top + size, left : left + size]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
