@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.errors import InputError
+from unclip_jax.models.captions import EncodedCaption
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.text_encoder import TextEncoder
 
@@ -18,15 +19,19 @@ TEXT: dict[str, Any] = dict(context_length=7, vocab_size=20, width=16, depth=2, 
 SOT, EOT = 18, 19
 CAPTIONS = jnp.array([[SOT, 3, 4, EOT, 0, 0, 0], [SOT, 5, EOT, 0, 0, 0, 0]], jnp.int32)
 EMPTY = jnp.array([[SOT, EOT, 0, 0, 0, 0, 0]] * 2, jnp.int32)
+# Captions that a CLIP has read: hidden states of width 9 up to the end.
+SEEN = jnp.arange(7) < jnp.array([[4], [3]])
+READ = EncodedCaption(jax.random.normal(jax.random.key(2), (2, 7, 9)), SEEN)
+ON_CLIP: dict[str, Any] = dict(text=None, caption="clip", context_width=16)
 YES, NO = jnp.ones(2, bool), jnp.zeros(2, bool)
 X = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 T = jnp.array([10, 800], jnp.int32)
 Z = jax.random.normal(jax.random.key(1), (2, 12)) / np.sqrt(12)
 
 
-def random_params(module, *args):
+def random_params(module, *args, **kwargs):
     """Parameters with every tensor random, those that start at zero or one included."""
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args))
+    shapes = nn.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs)))
     rng = np.random.default_rng(0)
 
     def drawn(leaf):
@@ -93,6 +98,23 @@ def test_clip_scale_multiplies_the_embedding():
     assert same(*conditions)
 
 
+def test_states_of_clip_are_read_up_to_the_end_of_the_caption():
+    module = Decoder(unet=UNET, embed_dim=12, **ON_CLIP)
+    z_t = Z[::-1]
+    params = random_params(module, X, T, READ, Z, z_t=z_t)
+    condition = jax.jit(lambda *a: module.apply(params, *a, method=module.condition))
+    conditioning = condition(READ, Z, None, NO, z_t)
+    assert conditioning.context.shape == (2, 7 + 4, 16)
+    np.testing.assert_array_equal(conditioning.seen, np.append(SEEN, np.ones((2, 4), bool), 1))
+    denoise = jax.jit(lambda c: module.apply(params, X, T, c, method=module.denoise))
+    whole = jax.jit(lambda: module.apply(params, X, T, READ, Z, None, NO, z_t=z_t))()
+    assert same(denoise(conditioning), whole)
+    hidden = EncodedCaption(jnp.where(SEEN[..., None], READ.states, 7.0), SEEN)
+    assert same(denoise(condition(hidden, Z, None, NO, z_t)), whole)
+    for other in (condition(EncodedCaption(READ.states + 1, SEEN), Z, None, NO, z_t), condition(READ, Z, None, NO, Z)):
+        assert not same(denoise(other), whole)
+
+
 def test_what_stands_past_the_end_of_a_caption_is_never_read(decoder):
     params, _, condition = decoder
     noisy = CAPTIONS.at[0, 4:].set(jnp.array([7, EOT, 3])).at[1, 3:].set(9)
@@ -138,7 +160,7 @@ def test_bfloat16_decoder_conditions_in_bfloat16_and_returns_float32():
     (half, params), (exact, _) = made(dtype=jnp.bfloat16), made()
     rounded, wanted = (jax.jit(lambda m=m: m.apply(params, CAPTIONS, Z, method=m.condition))() for m in (half, exact))
     assert rounded.context.dtype == jnp.bfloat16
-    for a, b in zip(rounded, wanted, strict=True):
+    for a, b in zip(rounded[:2], wanted[:2], strict=True):
         assert np.std(np.float32(a) - b) < 0.03 * np.std(b)
     assert jax.eval_shape(half.apply, params, X, T, CAPTIONS, Z).dtype == jnp.float32
 
@@ -158,16 +180,27 @@ def shapes(*args):
     return jax.eval_shape(Decoder(unet=UNET, text=TEXT, embed_dim=12).init, jax.random.key(0), *args)
 
 
+def on_clip(*args, z_t=None):
+    module = Decoder(unet=UNET, embed_dim=12, **ON_CLIP)
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, z_t=z_t))
+
+
 @pytest.mark.parametrize(
     "call, said",
     [
         (lambda: Decoder(unet=UNET, text=TEXT, embed_dim=12, null_clip="none"), "'zeros' or 'learned'"),
+        (lambda: Decoder(unet=UNET, text=None, embed_dim=12, caption="states"), "'tokens' or 'clip'"),
+        (lambda: Decoder(unet=UNET, text=TEXT, embed_dim=12, caption="clip"), "text must be None"),
+        (lambda: on_clip(X, T, CAPTIONS, Z, z_t=Z), "reads a caption as CLIP's states"),
+        (lambda: on_clip(X, T, READ, Z), "and its z_t"),
+        (lambda: on_clip(X, T, READ, Z, NO, z_t=Z), "drops no text by itself"),
+        (lambda: shapes(X, T, READ, Z), "needs tokens"),
         (lambda: TextEncoder(**(TEXT | {"heads": 3})), "does not split into 3 heads"),
         (lambda: shapes(X, T, None, Z), "needs tokens"),
         (lambda: shapes(X, T, CAPTIONS, Z[:, :5]), "embedding of 12 numbers, not one of 5"),
         (lambda: shapes(X, T, CAPTIONS[:, :5], Z), "reads 7 tokens, not 5"),
     ],
-    ids=["null", "heads", "tokens", "embedding", "length"],
+    ids=["null", "caption", "text", "ids", "z_t", "drop", "states", "heads", "tokens", "embedding", "length"],
 )
 def test_wrong_input_is_refused(call, said):
     with pytest.raises(InputError, match=said):

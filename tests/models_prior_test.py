@@ -9,6 +9,7 @@ import pytest
 import transformer_oracle as oracle
 
 from unclip_jax.errors import InputError
+from unclip_jax.models.captions import EncodedCaption
 from unclip_jax.models.prior import DiffusionPrior
 from unclip_jax.models.prior_ar import ARPrior
 
@@ -27,6 +28,10 @@ AR = ARPrior(
     depth=3,
     heads=3,
 )
+# The same prior on captions that a CLIP has read: hidden states of width 9, up to the end.
+ON_CLIP = DIFFUSION.clone(caption="clip")
+SEEN = jnp.arange(6) < jnp.array([[4], [6], [3], [2]])
+READ = EncodedCaption(jax.random.normal(jax.random.key(10), (4, 6, 9)), SEEN)
 EMPTY = [18, 19, 0, 0, 0, 0]
 TOKENS = jnp.array([[18, 3, 4, 19, 0, 0], [18, 5, 6, 7, 8, 19], [18, 2, 19, 0, 0, 0], EMPTY], jnp.int32)
 Z_T = jax.random.normal(jax.random.key(7), (4, 10))
@@ -102,6 +107,25 @@ def test_diffusion_prior_from_its_prefix_equals_the_whole(diffusion):
     later = jax.jit(DIFFUSION.apply)(diffusion, X_T + 1, T // 2, TOKENS, Z_T, DROP)
     np.testing.assert_allclose(denoise(X_T + 1, T // 2), later, atol=1e-5)
     assert jnp.abs(later - whole).min(0).max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def on_clip():
+    return oracle.random_weights(ON_CLIP.init, X_T, T, READ, Z_T)
+
+
+def test_prior_on_clips_states_from_its_prefix_equals_the_whole(on_clip):
+    whole = jax.jit(ON_CLIP.apply)(on_clip, X_T, T, READ, Z_T)
+    prefix = jax.jit(lambda: ON_CLIP.apply(on_clip, READ, Z_T, method="prefix"))()
+    denoised = jax.jit(lambda: ON_CLIP.apply(on_clip, prefix, X_T, T, method="denoise"))()
+    np.testing.assert_allclose(denoised, whole, atol=1e-5)
+
+
+def test_hidden_states_change_nothing_and_seen_ones_do(on_clip):
+    run = jax.jit(lambda states: ON_CLIP.apply(on_clip, X_T, T, EncodedCaption(states, SEEN), Z_T))
+    hidden = jnp.where(SEEN[..., None], READ.states, 7.0)
+    np.testing.assert_array_equal(run(hidden), run(READ.states))
+    assert jnp.abs(run(READ.states.at[:, 1].add(1.0)) - run(READ.states)).min(0).max() > 1e-3
 
 
 @pytest.mark.parametrize("prior", ["diffusion", "ar"])
@@ -209,6 +233,21 @@ def test_the_papers_sizes():
     encoder = _count(shapes["text_encoder"])
     assert math.isclose(encoder, 1.31e9, rel_tol=5e-3)
     assert math.isclose(_count(shapes) - encoder, 0.81e9, rel_tol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "prior, caption, drop, said",
+    [
+        (DIFFUSION, READ, None, "reads token ids"),
+        (ON_CLIP, TOKENS, None, "reads CLIP's states"),
+        (ON_CLIP, READ, DROP, "drops nothing by itself"),
+        (ON_CLIP, EncodedCaption(READ.states[:, :4], SEEN[:, :4]), None, "6 tokens, not 4"),
+        (DIFFUSION.clone(caption="both"), TOKENS, None, "'tokens' or 'clip'"),
+    ],
+)
+def test_captions_of_another_kind_are_refused(prior, caption, drop, said):
+    with pytest.raises(InputError, match=said):
+        jax.eval_shape(prior.init, jax.random.key(0), X_T, T, caption, Z_T, drop)
 
 
 def test_inputs_of_another_length_are_refused(diffusion, autoregressive):

@@ -68,6 +68,7 @@ RULES: dict[str, Any] = {
         **_CLIP, **_TEXT_ENCODER, "embed_dim": COUNT, "components": SIZE, "buckets": Rule(int, 2),
         "dot_buckets": Rule(int, 2),
         "unet": _UNET, "text": _TEXT_ENCODER, "clip_tokens": COUNT, "null_clip": TEXT, "clip_scale": RATE,
+        "caption": TEXT, "context_width": COUNT,
         "logit_scale_max": Rule(float, 1),
     },
     "unet": _UNET,

@@ -1,6 +1,6 @@
-"""torch modules as the tests use them: weights drawn anew, plain arrays in and out."""
+"""torch modules as the tests use them: weights drawn anew, and handed out as plain arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -27,18 +27,11 @@ def state(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: weight.detach().numpy().copy() for name, weight in module.named_parameters()}
 
 
-def gradients(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The parameters' gradients by name, after a backward pass that reached all of them."""
+def gradients(module: torch.nn.Module, *, without: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The parameters' gradients by name, after a backward pass that reached all of them but those `without`."""
     found = {}
     for name, weight in module.named_parameters():
-        assert weight.grad is not None, f"no gradient reached {name}"
-        found[name] = weight.grad.numpy().copy()
+        assert (weight.grad is None) == (name in without), f"a gradient should reach all but {without}, see {name}"
+        if weight.grad is not None:
+            found[name] = weight.grad.numpy().copy()
     return found
-
-
-def inputs(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Tensors of the arrays; those of floating point ask for a gradient."""
-    return {
-        name: torch.tensor(array, requires_grad=bool(np.issubdtype(array.dtype, np.floating)))
-        for name, array in arrays.items()
-    }

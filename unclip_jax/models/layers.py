@@ -218,13 +218,14 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b m e"] | None = None,
-        mask: Bool[Array, "#b 1 n s"] | None = None,
+        mask: Bool[Array, "#b 1 #n s"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "b n d"], Cache | None]:
-        """Attends; `mask` is True where a query may look, over [context, tokens]; with a cache it is made here.
+        """Attends; `mask` is True where a query may look, over [context, tokens], or over the tokens alone.
 
-        With a cache, the tokens of `x` stand at positions `cache.filled …` and see those up to themselves, all of
-        the context, and nothing later. The returned cache holds them too.
+        With a cache, the tokens of `x` stand at positions `cache.filled …` and see all of the context and positions
+        up to themselves, those of them that `mask`, over the positions of the cache, does not hide. The returned
+        cache holds them too.
         """
         width = x.shape[-1]
         head_dim = width // self.heads
@@ -245,8 +246,8 @@ class Attention(nn.Module):
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.filled, 1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.filled, 1)
-            seen = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
-            mask = seen[None, None]
+            causal = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
+            mask = causal[None, None] if mask is None else causal & mask
             cache = Cache(k, v, cache.filled + x.shape[1])
         if context is not None:
             if self.context_kv == "own":
@@ -344,7 +345,7 @@ class Transformer(nn.Module):
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b m e"] | None = None,
-        mask: Bool[Array, "#b 1 n s"] | None = None,
+        mask: Bool[Array, "#b 1 #n s"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "b n d"], Cache | None]:
         """Returns the residual stream after the last block (no final norm), and the cache with the new tokens."""
@@ -384,14 +385,3 @@ def empty_cache(*, depth: int, batch: int, length: int, heads: int, head_dim: in
 def causal_mask(length: int) -> Bool[Array, "1 1 {length} {length}"]:
     """True where a query may look: at itself and before."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
-
-
-def valid_tokens(tokens: Int[Array, "b n"], *, eot: int) -> Bool[Array, "b n"]:
-    """True for the positions of a caption up to and including its first end token."""
-    ended = jnp.cumsum(tokens == eot, axis=-1) - (tokens == eot)
-    return ended == 0
-
-
-def empty_caption(length: int, vocab_size: int) -> Int[Array, "{length}"]:
-    """The tokens of an empty caption: the start and the end token (the table's last two), then zeros."""
-    return jnp.zeros((length,), jnp.int32).at[:2].set(jnp.array([vocab_size - 2, vocab_size - 1], jnp.int32))

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.errors import InputError
-from unclip_jax.models import layers
+from unclip_jax.models import captions, layers
 
 
 class TextEncoder(nn.Module):
@@ -46,11 +46,11 @@ class TextEncoder(nn.Module):
         if tokens.shape[1] != self.context_length:
             raise InputError(f"the text encoder reads {self.context_length} tokens, not {tokens.shape[1]}")
         if drop is not None:
-            tokens = jnp.where(drop[:, None], layers.empty_caption(self.context_length, self.vocab_size), tokens)
+            tokens = jnp.where(drop[:, None], captions.empty_caption(self.context_length, self.vocab_size), tokens)
         position = layers.learned(self, "position", (self.context_length, self.width))
         padding = layers.learned(self, "padding", (self.context_length, self.width))
         embedded = layers.embedding(self.vocab_size, self.width, dtype=self.dtype, name="token")(tokens)
-        valid = layers.valid_tokens(tokens, eot=self.vocab_size - 1)
+        valid = captions.valid_tokens(tokens, eot=self.vocab_size - 1)
         x = jnp.where(valid[..., None], embedded + position.astype(self.dtype), padding.astype(self.dtype))
         transformer = layers.Transformer(
             self.depth, self.heads, self.activation, remat=self.remat, dtype=self.dtype, name="transformer"

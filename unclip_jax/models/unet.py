@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.errors import InputError
 from unclip_jax.models import layers
@@ -80,7 +80,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels with the context's keys and values in front of theirs, in one softmax (GLIDE)."""
+    """Self-attention over the pixels with the context's keys and values in front of theirs, in one softmax (GLIDE).
+
+    `seen` is True for the vectors of the context that may be looked at (Karlo); pixels are always seen.
+    """
 
     head_channels: int
     norm_groups: int = 32
@@ -88,12 +91,18 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"] | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        context: Float[Array, "b m e"] | None = None,
+        seen: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b h w c"]:
         channels = x.shape[-1]
         y = layers.GroupNorm(self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(x.shape[0], -1, channels)
         attention = layers.Attention(channels // self.head_channels, dtype=self.dtype, out_scale=0.0, name="attention")
-        return x + attention(y, context)[0].reshape(x.shape)
+        mask = None
+        if seen is not None:
+            mask = jnp.pad(seen, ((0, 0), (0, y.shape[1])), constant_values=True)[:, None, None]
+        return x + attention(y, context, mask)[0].reshape(x.shape)
 
 
 class UNet(nn.Module):
@@ -172,6 +181,7 @@ class UNet(nn.Module):
         emb: Float[Array, "b e"] | None = None,
         context: Float[Array, "b m d"] | None = None,
         deterministic: bool = True,
+        seen: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b h w {self.out_channels}"]:
         """Applies the network.
 
@@ -181,6 +191,7 @@ class UNet(nn.Module):
           emb: added to the timestep's embedding; e is 4 * channels.
           context: vectors that every attention block reads beside the image.
           deterministic: whether dropout is off (else it wants a "dropout" key).
+          seen: True for the vectors of the context that may be looked at; None for all.
 
         Returns:
           float32 predictions.
@@ -194,19 +205,19 @@ class UNet(nn.Module):
         skips = [h]
         for level, mult in enumerate(self.channel_mult):
             for block in range(self.depth):
-                h = self._block(f"down_{level}_{block}", h, emb, context, level, self.channels * mult, deterministic)
+                h = self._block(f"down_{level}_{block}", level, h, emb, (context, seen), deterministic)
                 skips.append(h)
             if level != levels - 1:
                 h = self._res_block(f"down_{level}", self.channels * mult, "down")(h, emb, deterministic)
                 skips.append(h)
         h = self._res_block("middle_0", h.shape[-1])(h, emb, deterministic)
         if self.attention_resolutions:
-            h = self._attention("middle")(h, context)
+            h = self._attention("middle")(h, context, seen)
         h = self._res_block("middle_1", h.shape[-1])(h, emb, deterministic)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for block in range(self.depth + 1):
                 h = jnp.concatenate([h, skips.pop()], -1)
-                h = self._block(f"up_{level}_{block}", h, emb, context, level, self.channels * mult, deterministic)
+                h = self._block(f"up_{level}_{block}", level, h, emb, (context, seen), deterministic)
             if level:
                 h = self._res_block(f"up_{level}", self.channels * mult, "up")(h, emb, deterministic)
         h = nn.silu(layers.GroupNorm(self.norm_groups, name="out_norm")(h))
@@ -227,9 +238,9 @@ class UNet(nn.Module):
         kind = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         return kind(self.head_channels, self.norm_groups, self.dtype, name=f"{name}_attention")
 
-    def _block(self, name, h, emb, context, level, channels, deterministic) -> jax.Array:
+    def _block(self, name, level, h, emb, context, deterministic) -> jax.Array:
         """A residual block and, where its level attends, an attention block."""
-        h = self._res_block(name, channels)(h, emb, deterministic)
+        h = self._res_block(name, self.channels * self.channel_mult[level])(h, emb, deterministic)
         if self.image_size >> level in self.attention_resolutions:
-            h = self._attention(name)(h, context)
+            h = self._attention(name)(h, *context)
         return h

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import classifier_free
-from unclip_jax.models.layers import Cache
 from unclip_jax.models.prior import DiffusionPrior
 from unclip_jax.stages import base, denoising
 
@@ -78,14 +77,11 @@ class DiffusionPriorStage:
         candidates = self.sampling.candidates
 
         def prefix(dropped: bool):
-            cache: Any = self.network.apply(params, tokens, self.scale * z_t, jnp.full((n,), dropped), method="prefix")
-            # Guidance joins batches along the first axis; a cache has its layers there.
-            return jnp.moveaxis(cache.k, 1, 0), jnp.moveaxis(cache.v, 1, 0), jnp.full((n,), cache.filled)
+            flags = jnp.full((n,), dropped)
+            return self.network.apply(params, tokens, self.scale * z_t, flags, method="prefix")
 
         def denoise(x_t, t, condition):
-            k, v, index = condition
-            cache = Cache(jnp.moveaxis(k, 0, 1), jnp.moveaxis(v, 0, 1), index[0])
-            return self.network.apply(params, cache, x_t, t, method="denoise")
+            return self.network.apply(params, condition, x_t, t, method="denoise")
 
         denoiser = classifier_free(denoise, prefix(False), prefix(True), scale=self.sampling.guidance_scale)
 
