@@ -52,6 +52,8 @@ def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
                 "data_dir": "~/unclip_data",
                 "split": "train",
                 "eval_split": "validation",
+                # Data sets to train on in place of the one above: (name or folder, variant, split, weight) for each.
+                "mixture": (),
                 "vocabulary": "tiny",
                 "workers": 8,
                 "cache": False,

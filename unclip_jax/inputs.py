@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from unclip_jax import checkpoint, sharding
-from unclip_jax.data import datasets, pipeline
+from unclip_jax.data import datasets, pipeline, sources
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.program import Program
@@ -23,13 +24,9 @@ class Input:
     def __init__(self, program: Program):
         self._program, self._config = program, program.config
         data = self._config.data
-        builtin = data.dataset in datasets.DATASETS
-        data_dir = str(epath.Path(data.data_dir).expanduser())
-        self.directory = (
-            datasets.prepare(data.dataset, data_dir=data_dir, variant=data.variant)
-            if builtin
-            else str(epath.Path(data.dataset).expanduser())
-        )
+        self._parts = _parts(data)
+        # Of the one data set that is evaluated on; without a mixture it is trained on, too.
+        self.directory = _located(data.dataset, data.variant, data_dir=data.data_dir)
         if data.cache and data.workers:
             raise InputError(
                 f"config.data.cache=True leaves nothing for config.data.workers={data.workers} to do; unset one of them"
@@ -43,9 +40,28 @@ class Input:
                 f"is {program.stage.vocab_size}; set one to the other"
             )
         self.fingerprint = {
-            **datasets.fingerprint(self.directory, data.split),
+            **(self._mixture_fingerprint() if self._parts else datasets.fingerprint(self.directory, data.split)),
             "tokenizer": self.tokenizer.digest if self.tokenizer else "",
         }
+
+    def _mixture_fingerprint(self) -> dict[str, Any]:
+        """Returns the fingerprints of all data sets of the mixture, in order, with their weights."""
+        try:
+            prints = [datasets.fingerprint(part.directory, part.split) for part in self._parts]
+        except InputError as error:
+            raise InputError(f"config.data.mixture: {error}") from error
+        return {"mixture": [{**one, "weight": part.weight} for one, part in zip(prints, self._parts, strict=True)]}
+
+    def _source(self) -> sources.Source:
+        """Opens what is trained on."""
+        if not self._parts:
+            return datasets.open_source(self.directory, self._config.data.split)
+        return sources.Mixture(
+            [
+                sources.Member(part.name, datasets.open_source(part.directory, part.split), part.weight)
+                for part in self._parts
+            ]
+        )
 
     def check_evaluation(self) -> None:
         """Opens the evaluation split, so that one that is not there is found before the first step."""
@@ -60,7 +76,7 @@ class Input:
     def _batches(self, *, seed: int, start_step: int):
         data, config = self._config.data, self._config
         return pipeline.training_batches(
-            datasets.open_source(self.directory, data.split),
+            self._source(),
             spec=self._program.stage.batch_spec(config.batch_size),
             tokenizer=self.tokenizer,
             seed=seed,
@@ -109,6 +125,48 @@ class Input:
         )
         yield from batches
         batches.close()
+
+
+class _Part(NamedTuple):
+    """A data set of the mixture."""
+
+    name: str
+    directory: str
+    split: str
+    weight: float
+
+
+def _parts(data: ConfigDict) -> list[_Part]:
+    """Reads `config.data.mixture`, in which all that can be is checked before any data set is written."""
+    entries = data.get("mixture", ())
+    for entry in entries:
+        texts = isinstance(entry, tuple) and len(entry) == 4 and all(isinstance(text, str) for text in entry[:3])
+        if not texts or not isinstance(entry[3], int | float):
+            raise InputError(
+                f"config.data.mixture holds entries (data set, variant, split, weight), not {entry!r}: write "
+                "(('captioned_shapes', 'tiny', 'train', 1.0), ('emoji', 'default', 'train', 1.0)), with '' for the "
+                "variant of a folder"
+            )
+    names = ["/".join(filter(None, entry[:3])) for entry in entries]
+    try:
+        if entries:
+            sources.quotas([(name, entry[3]) for name, entry in zip(names, entries, strict=True)])
+        folders = [_located(*entry[:2], data_dir=data.data_dir) for entry in entries]
+    except InputError as error:
+        raise InputError(f"config.data.mixture: {error}") from error
+    parts = [_Part(name, folder, *entry[2:]) for name, folder, entry in zip(names, folders, entries, strict=True)]
+    for number, part in enumerate(parts):
+        for other in parts[:number]:
+            if (part.directory, part.split) == (other.directory, other.split):
+                raise InputError(f"config.data.mixture: {part.name} is the same data as {other.name}")
+    return parts
+
+
+def _located(dataset: str, variant: str, *, data_dir: str) -> str:
+    """Returns the folder of a data set; a built-in one is written there first where it is missing."""
+    if dataset in datasets.DATASETS:
+        return datasets.prepare(dataset, data_dir=str(epath.Path(data_dir).expanduser()), variant=variant)
+    return str(epath.Path(dataset).expanduser())
 
 
 def load_frozen(program: Program) -> dict[str, Any]:

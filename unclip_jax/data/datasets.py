@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from unclip_jax.data.examples import Source
+from unclip_jax.data.sources import Source
 from unclip_jax.errors import InputError, nearest
 
 

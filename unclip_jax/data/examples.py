@@ -10,11 +10,12 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from unclip_jax.data import degradations, images, resize
+from unclip_jax.data import degradations, images, resize, sources
+from unclip_jax.data.sources import Source
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
 
@@ -28,15 +29,6 @@ _REPLACEMENTS = 64
 _MAX_CACHE_BYTES = 4 << 30
 
 Fields = dict[str, np.ndarray]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to records that hold `image` (encoded bytes), `caption` (text) and `id`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +157,7 @@ class Examples:
 
     def _first_good(self, index: int, bad: list[Bad]) -> tuple[int, dict[str, Any]] | None:
         # A function of the index alone, so that a resumed run replaces by the same example.
-        for candidate in _with_replacements(index, len(self)):
+        for candidate in _with_replacements(index, sources.peers(self.source, index)):
             base = self._load(candidate, bad)
             if base is not None:
                 return candidate, base
@@ -318,11 +310,11 @@ def _stack(images: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     return stacked
 
 
-def _with_replacements(index: int, count: int) -> Iterator[int]:
+def _with_replacements(index: int, peers: range) -> Iterator[int]:
     yield index
     rng = np.random.default_rng(index)
     for _ in range(_REPLACEMENTS):
-        yield int(rng.integers(count))
+        yield peers[int(rng.integers(len(peers)))]
 
 
 def _text(value: Any) -> str:

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from unclip_jax.data import order
-from unclip_jax.data.examples import Bad, CachedExamples, Examples, Fields, Preparation, Source
+from unclip_jax.data import order, sources
+from unclip_jax.data.examples import Bad, CachedExamples, Examples, Fields, Preparation
+from unclip_jax.data.sources import Source
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
 
@@ -107,7 +108,7 @@ def training_batches(
     """Returns an endless iterator over this host's batches, beginning with that of step `start_step`.
 
     Args:
-      source: random access to records with `image`, `caption` and `id`.
+      source: random access to records with `image`, `caption` and `id`; a `sources.Mixture` for several data sets.
       spec: field -> shape and dtype with the GLOBAL batch dimension first; `examples.FIELDS` are known.
       tokenizer: for `tokens` and `clip_tokens`; None where the spec has neither.
       seed: of the order and of all that is drawn, in [0, 2**32).
@@ -212,7 +213,7 @@ class _TrainingBatch:
     def __call__(self, step: int) -> tuple[Fields, str]:
         begin = step * self.stride + self.first
         positions = np.arange(begin, begin + self.size, dtype=np.int64)
-        epochs, indices = order.shuffled(positions, count=len(self.examples), seed=self.seed)
+        epochs, indices = sources.shuffled(self.examples.source, positions, seed=self.seed)
         fields, bad = self.examples.batch(list(zip(epochs.tolist(), indices.tolist(), strict=True)))
         return fields or {}, _as_json(bad)
 
