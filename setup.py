@@ -64,6 +64,6 @@ setup(
             "ruff>=0.17.5",
         ],
         # Other people's implementations, for the tests that compare with them.
-        "parity": ["diffusers>=0.42.1", "safetensors>=0.8.0", "torch>=2.13.0"],
+        "parity": ["diffusers>=0.42.1", "safetensors>=0.8.0", "torch>=2.13.0", "transformers>=5.23.0"],
     },
 )

@@ -68,7 +68,7 @@ def adamw(params, gradients, *, decayed, clip=0.0):
 )
 def test_adamw_follows_the_equations(decay, decayed, clip):
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (3, 4), "embedding": (5, 2), "bias": (4,), "scale": (3,)}
+    shapes = {"kernel": (3, 4), "embedding": (5, 2), "bias": (4,), "scale": (3,), "running_var": (3,)}
     start = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     gradients = [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(4)]
     expected = adamw(start, gradients, decayed=decayed, clip=clip)

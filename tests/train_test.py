@@ -19,6 +19,7 @@ from untrained_models import write
 from unclip_jax import checkpoint, metrics, sharding, train
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError
+from unclip_jax.stages import base
 from unclip_jax.stages.clip import CLIPStage
 
 STEPS = 150
@@ -237,6 +238,12 @@ def test_frozen_networks_are_asked_for_checked_and_read(tmp_path):
     other = small("prior_diffusion", frozen__clip=str(tmp_path), clip__text_depth=3)
     with pytest.raises(InputError, match=r"is not config.clip: text_depth=2 there, 3 here"):
         train.load_frozen(train.build(other, mesh))
+    # A key that one of them leaves out has its default there.
+    assert "text_pool" not in clip.model and not clip.model.remat
+    described = {**clip.model.to_dict(), "text_pool": "end", "remat": True}
+    assert base.clip_differences(there=clip.model, here=described) == []
+    apart = base.clip_differences(there=clip.model, here=described | {"text_pool": "last"})
+    assert apart == ["text_pool='end' there, 'last' here"]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ _CLIP = {
     "image_size": SIZE, "patch_size": SIZE, "vision_width": SIZE, "vision_depth": SIZE, "vision_heads": SIZE,
     "context_length": SIZE, "vocab_size": Rule(int, 3), "text_width": SIZE, "text_depth": SIZE, "text_heads": SIZE,
     "embed_dim": SIZE, "activation": TEXT, "vision_stem": SIZES, "remat": SWITCH,
+    "vision_layers": SIZES, "vision_mlp_ratio": Rule(float, 0.1), "vision_layer_scale": RATE,
+    "vision_input_norm": SWITCH, "vision_pool": TEXT, "vision_pool_heads": SIZE, "vision_projection": TEXT,
+    "text_mlp_ratio": Rule(float, 0.1), "text_causal": SWITCH, "text_pool": TEXT,
+    "text_end_id": Rule(int, 0, optional=True), "text_projection": TEXT, "norm_epsilon": Rule(float, 1e-12, 1),
+    "mean": Rule(tuple, 0, 1), "std": Rule(tuple, 1e-3, 1),
 }  # fmt: skip
 _TEXT_ENCODER = {
     "context_length": SIZE, "vocab_size": Rule(int, 3), "width": SIZE, "depth": SIZE, "heads": SIZE,

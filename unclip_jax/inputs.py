@@ -14,6 +14,7 @@ from unclip_jax.data import datasets, pipeline, sources
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.program import Program
+from unclip_jax.stages import base
 
 _LOG = logging.getLogger(__name__)
 
@@ -185,10 +186,7 @@ def load_frozen(program: Program) -> dict[str, Any]:
             )
 
         def abstract(config, tree=tree, name=name, workdir=workdir):
-            here = program.config[name].to_dict()
-            there = {key: value for key, value in config.model.to_dict().items() if key in here}
-            keys = [key for key in here if there.get(key) != here[key]]
-            differing = [f"{key}={there.get(key)!r} there, {here[key]!r} here" for key in keys]
+            differing = base.clip_differences(there=config.model, here=program.config[name])
             if differing:
                 raise InputError(f"the network in {workdir} is not config.{name}: {'; '.join(differing)}")
             return tree, {}

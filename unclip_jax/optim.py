@@ -1,5 +1,6 @@
 """Optimizers, learning-rate schedules and the moving average of weights, by name from a config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,11 +37,14 @@ def create(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransf
     """AdamW with decoupled weight decay (appendix C: "Adam with corrected weight decay"), after clipping by norm.
 
     Args:
-      config: `beta1`, `beta2`, `eps`, `weight_decay`, `decay` ("all" weights, or only "matrices": no biases, norms
-        or single vectors), `grad_clip` (0: off).
+      config: `beta1`, `beta2`, `eps`, `weight_decay`, `decay` ("all" weights but the statistics of batch norms, or
+        only "matrices": no biases, norms or single vectors), `grad_clip` (0: off).
       schedule: the learning rate by step.
     """
-    masks = {"all": None, "matrices": _matrices}
+    masks = {
+        "all": _by_name(lambda name: name not in ("running_mean", "running_var")),
+        "matrices": _by_name(lambda name: name in ("kernel", "embedding")),
+    }
     if config.decay not in masks:
         raise InputError(f"config.optim.decay={config.decay!r} is unknown; {nearest(config.decay, masks)}")
     adamw = optax.adamw(
@@ -56,12 +60,14 @@ def create(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransf
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
 
 
-def _matrices(params: Any) -> Any:
-    def is_matrix(path, leaf) -> bool:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return names[-1] in ("kernel", "embedding")
+def _by_name(belongs: Callable[[str], bool]) -> Callable[[Any], Any]:
+    """Returns the mask of a tree: whether the last name on the path to each weight belongs."""
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    def one(path, leaf) -> bool:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return belongs(names[-1])
+
+    return lambda params: jax.tree_util.tree_map_with_path(one, params)
 
 
 def ema_decay(config: ConfigDict, step: jax.Array) -> jax.Array:

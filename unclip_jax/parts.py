@@ -127,12 +127,11 @@ def check_clip(parts: Mapping[str, Part]) -> None:
             raise InputError(f"{needing[0]} needs the CLIP it was trained on, {parts[needing[0]].config.frozen.clip}")
         return
     clip = parts["clip"]
-    here = clip.config.model.to_dict()
     for name, part in parts.items():
         named = part.config.get("clip")
         if not named:
             continue
-        wrong = [f"{k}={v!r} there, {here.get(k)!r} here" for k, v in named.to_dict().items() if here.get(k) != v]
+        wrong = base.clip_differences(there=named, here=clip.config.model)
         if wrong:
             raise InputError(f"{name} was trained on another CLIP than {clip.workdir}: {'; '.join(wrong)}")
         _check_weights(part, clip)

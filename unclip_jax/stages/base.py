@@ -4,6 +4,7 @@ A stage is a handful of pure functions of `(params, frozen, batch, rng)`. The lo
 checkpoint, the planner and the evaluation job call these and do not know which stage they run.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -93,9 +94,7 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
     return jnp.dtype(known[config.dtype])
 
 
-def network(
-    make: type[Network], fields: Mapping[str, Any] | ConfigDict, dtype: jnp.dtype, *, where: str
-) -> Network:
+def network(make: type[Network], fields: Mapping[str, Any] | ConfigDict, dtype: jnp.dtype, *, where: str) -> Network:
     """Returns `make(**fields, dtype=dtype)`; a field that the network does not have is an InputError."""
     known = getattr(make, "__dataclass_fields__", {})
     plain = fields.to_dict() if isinstance(fields, ConfigDict) else dict(fields)
@@ -108,6 +107,21 @@ def network(
 def clip_network(config: ConfigDict) -> CLIP:
     """Returns the frozen CLIP that `config.clip` describes. It runs in float32: it is the data of the other stages."""
     return network(CLIP, config.clip, jnp.dtype(jnp.float32), where="config.clip")
+
+
+def clip_differences(there: Mapping[str, Any] | ConfigDict, here: Mapping[str, Any] | ConfigDict) -> list[str]:
+    """Says in which fields two sections describe different CLIPs; a field that one leaves out has its default there.
+
+    `remat` may differ: it changes what training keeps in memory, and nothing that is computed.
+    """
+    apart = []
+    for field in dataclasses.fields(CLIP):
+        if field.name not in ("remat", "dtype", "parent", "name"):
+            default = None if field.default is dataclasses.MISSING else field.default
+            value, wanted = there.get(field.name, default), here.get(field.name, default)
+            if value != wanted:
+                apart.append(f"{field.name}={value!r} there, {wanted!r} here")
+    return apart
 
 
 def pixels(batch_size: int, side: int) -> jax.ShapeDtypeStruct:
