@@ -157,6 +157,23 @@ def test_the_posterior_is_bayes_rule_at_any_stride(timesteps):
     np.testing.assert_allclose(process.betas[level], 1 - step, rtol=1e-10)
 
 
+def test_float32_tables_are_float32_throughout_and_near_the_others():
+    single, double = (create(tables=tables).respaced(50) for tables in ("float32", "float64"))
+    names = "alpha_bars", "alpha_bars_before", "betas", "posterior_variance", "posterior_log_variance"
+    for name in (*names, "posterior_x_start_weight", "posterior_x_t_weight"):
+        theirs, ours = getattr(single, name), getattr(double, name)
+        assert (theirs.dtype, ours.dtype) == (np.float32, np.float64)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-6)
+
+
+def test_neighbouring_timesteps_keep_their_betas_exactly():
+    process = create(tables="float32")
+    chosen = process.respaced(np.array([900, 501, 500, 499, 1, 0], np.int32))
+    np.testing.assert_array_equal(chosen.betas[[0, 1, 3, 4]], process.betas[[0, 1, 500, 501]])
+    again = chosen.respaced(np.array([900, 501, 0], np.int32))
+    assert again.betas[2] == chosen.betas[5] and again.betas[1] > chosen.betas[4]
+
+
 @pytest.mark.parametrize("timesteps", [1000, 27])
 def test_the_learned_range_runs_from_posterior_to_forward_variance(timesteps):
     process = create().respaced(timesteps)
@@ -195,6 +212,7 @@ def test_one_step_process_is_finite(variance):
     [
         ({"prediction": "epsilon"}, "diffusion prediction 'epsilon'"),
         ({"variance": "learned_rang"}, "did you mean 'learned_range'"),
+        ({"tables": "float16"}, "diffusion tables 'float16'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"clip_x_start": (1.0, -1.0)}, "first number must be below"),
     ],

@@ -85,7 +85,7 @@ RULES: dict[str, Any] = {
     "fit_examples": SIZE,
     "dot_top": Rule(float, 0.01, 1),
     "diffusion": {"schedule": TEXT, "num_timesteps": SIZE, "prediction": TEXT, "variance": TEXT,
-                  "clip_x_start": Rule(float, 0, optional=True)},
+                  "clip_x_start": Rule(float, 0, optional=True), "tables": TEXT},
     "sampling": {"method": TEXT, "timesteps": TEXT, "guidance_scale": NUMBER, "eta": FRACTION, "candidates": SIZE,
                  "temperature": Rule(float, 0, 10), "threshold": TEXT, "quantile": FRACTION},
     "data": {"dataset": TEXT, "variant": TEXT, "mixture": Rule(tuple), "data_dir": TEXT, "split": TEXT,

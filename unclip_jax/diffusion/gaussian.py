@@ -21,6 +21,7 @@ from unclip_jax.errors import InputError, nearest
 
 Prediction = Literal["eps", "x_start", "v"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+Precision = Literal["float64", "float32"]
 
 # Half the distance between neighbouring 8-bit pixel values in [-1, 1].
 _HALF_BIN = 1 / 255
@@ -44,7 +45,8 @@ class GaussianDiffusion:
     """A diffusion process and how its network speaks of it. Hashed by identity, so it can be closed over under jit.
 
     Attributes:
-      alpha_bars: float64 [levels], descending from nearly 1: the share of signal variance at each level.
+      alpha_bars: [levels], descending from nearly 1: the share of signal variance at each level.
+      betas: [levels], the variance added from the next cleaner level to each.
       timesteps: int32 [levels], ascending: the original timestep of each level, as the network is given it.
       num_timesteps: length of the original process.
       prediction: what the network predicts: "eps", "x_start", or "v" (Salimans & Ho 2022).
@@ -54,6 +56,7 @@ class GaussianDiffusion:
     """
 
     alpha_bars: Float[np.ndarray, "levels"]
+    betas: Float[np.ndarray, "levels"]
     timesteps: Int[np.ndarray, "levels"]
     num_timesteps: int
     prediction: Prediction
@@ -69,13 +72,21 @@ class GaussianDiffusion:
         prediction: str = "eps",
         variance: str = "learned_range",
         clip_x_start: tuple[int | float, int | float] | None = (-1.0, 1.0),
+        tables: str = "float64",
     ) -> "GaussianDiffusion":
         """Builds the full process that a network is trained on.
 
+        Args:
+          tables: what everything that depends on the noise level alone is computed in: "float64", or "float32", which
+            is how diffusers' UnCLIPScheduler has it. That one's rounding is seen at the cleanest levels: its weight of
+            x_start at the last step is 0.9995, not 1.
+
         Raises:
-          InputError: for an unknown schedule, prediction or variance, an impossible length or an empty clip range.
+          InputError: for an unknown schedule, prediction, variance or kind of tables, an impossible length or an empty
+            clip range.
         """
-        for what, name, known in (("prediction", prediction, Prediction), ("variance", variance, Variance)):
+        choices = {"prediction": Prediction, "variance": Variance, "tables": Precision}
+        for (what, known), name in zip(choices.items(), (prediction, variance, tables), strict=True):
             if name not in get_args(known):
                 raise InputError(f"unknown diffusion {what} {name!r}: {nearest(name, get_args(known))}")
         if clip_x_start is not None:
@@ -83,9 +94,10 @@ class GaussianDiffusion:
             if not lo < hi:
                 raise InputError(f"clip_x_start is ({lo:g}, {hi:g}), but its first number must be below its second")
             clip_x_start = (float(lo), float(hi))
-        betas = schedules.betas(schedule, num_timesteps)
+        betas = schedules.betas(schedule, num_timesteps).astype(tables)
         return cls(
-            alpha_bars=np.cumprod(1 - betas),
+            alpha_bars=np.cumprod(1 - betas, dtype=np.float64).astype(tables),
+            betas=betas,
             timesteps=np.arange(num_timesteps, dtype=np.int32),
             num_timesteps=num_timesteps,
             prediction=cast(Prediction, prediction),
@@ -111,18 +123,17 @@ class GaussianDiffusion:
                 f"sampling timesteps {np.asarray(timesteps).tolist()} must descend strictly and belong to this process "
                 f"of {len(self.timesteps)} timesteps up to {int(self.timesteps[-1])}"
             )
-        return dataclasses.replace(self, alpha_bars=self.alpha_bars[levels], timesteps=ascending)
+        alpha_bars = self.alpha_bars[levels]
+        # Neighbours here that are neighbours there too keep their beta: a difference of two numbers near 1 is inexact.
+        betas = np.where(np.diff(levels, prepend=-1) == 1, self.betas[levels], 1 - alpha_bars / _before(alpha_bars))
+        return dataclasses.replace(self, alpha_bars=alpha_bars, betas=betas, timesteps=ascending)
 
-    # Tables, float64 [levels].
+    # Tables [levels], in the precision of alpha_bars.
 
     @functools.cached_property
     def alpha_bars_before(self) -> np.ndarray:
         """Alpha-bar of the next cleaner level; 1, no noise at all, before the first."""
-        return np.append(1.0, self.alpha_bars[:-1])
-
-    @functools.cached_property
-    def betas(self) -> np.ndarray:
-        return 1 - self.alpha_bars / self.alpha_bars_before
+        return _before(self.alpha_bars)
 
     @functools.cached_property
     def posterior_variance(self) -> np.ndarray:
@@ -272,8 +283,12 @@ class GaussianDiffusion:
         return nats / math.log(2)
 
 
+def _before(alpha_bars: np.ndarray) -> np.ndarray:
+    return np.append(alpha_bars.dtype.type(1), alpha_bars[:-1])
+
+
 def gather(table: np.ndarray, t: Timesteps, like: AnyData) -> Array:
-    """Looks up a float64 table at t [b] and returns float32 [b, 1, ...] that broadcasts against `like`."""
+    """Looks up a table at t [b] and returns float32 [b, 1, ...] that broadcasts against `like`."""
     return jnp.asarray(table, jnp.float32)[t].reshape(t.shape + (1,) * (like.ndim - 1))
 
 

@@ -28,6 +28,7 @@ def process(config: ConfigDict) -> GaussianDiffusion:
         prediction=config.prediction,
         variance=config.variance,
         clip_x_start=None if bound is None else (-bound, bound),
+        tables=config.get("tables", "float64"),
     )
 
 
