@@ -2,7 +2,9 @@
 
     python -m unclip_jax.train --config=configs/clip.py:tiny --workdir=runs/clip
 
-`tiny` trains on captioned_shapes in about a minute on one core; `emoji` on a colour-emoji font.
+`tiny` trains on captioned_shapes in about a minute on one core; `emoji` on a colour-emoji font. `paper` is unCLIP's own
+CLIP: ViT-H/16 with SAM, each replica of 64 pairs for itself; what appendix C does not say is Radford et al.'s (2021).
+`small` trains on one accelerator of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary.
 """
 
 from configs import common
@@ -17,6 +19,28 @@ def _laptop(emoji):
     return config
 
 
+def _paper():
+    config = common.pod(common.base(stage="clip", batch_size=32768, steps=390_000))  # 12.8 billion pairs
+    config.model = {**common.clip_paper(), "remat": True, "logit_scale_max": 100.0}
+    config.sam = {"rho": 0.1, "pairs": 64, "negatives": "replica"}
+    config.optim.update({"learning_rate": 3e-4, "schedule": "cosine", "weight_decay": 0.2, "beta2": 0.98, "eps": 1e-6})
+    config.optim.update(common.durations(warmup_steps=2000))
+    config.evaluation.update({"evaluators": ("loss", "retrieval"), "examples": 4096, "batch_size": 1024})
+    return config
+
+
+def _small():
+    config = common.accelerator(common.base(stage="clip", batch_size=512, steps=200_000))
+    config.model = {**common.clip_small(), "remat": True, "logit_scale_max": 100.0}
+    config.optim.update({"learning_rate": 5e-4, "schedule": "cosine", "weight_decay": 0.2, "beta2": 0.98, "eps": 1e-6})
+    config.optim.update(common.durations(warmup_steps=2000))
+    config.evaluation.evaluators = ("loss", "retrieval")
+    return config
+
+
+VARIANTS = {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True), "small": _small, "paper": _paper}
+
+
 def get_config(variant="tiny"):
     """Returns the config of a variant."""
-    return common.choose(variant, {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True)})
+    return common.choose(variant, VARIANTS)

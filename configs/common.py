@@ -110,6 +110,73 @@ def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
     return config
 
 
+def pod(config: ConfigDict) -> ConfigDict:
+    """Names what the user of a large config brings: data of their own, and OpenAI's CLIP vocabulary."""
+    config.data.dataset = ""  # a folder that `python -m unclip_jax.prepare` made
+    config.data.vocabulary = "~/unclip_data/clip_vocabulary"  # holds vocab.json and merges.txt
+    return config
+
+
+def accelerator(config: ConfigDict) -> ConfigDict:
+    """As `pod`, for one accelerator of 16 GB: the moving average and the evaluations of a shorter run."""
+    pod(config)
+    config.optim.ema_decay = 0.9995
+    config.evaluation.update({**durations(every_percent=10.0), "examples": 1024, "batch_size": 64})
+    return config
+
+
+def clip_paper() -> dict:
+    """ViT-H/16 at 256 pixels and a text tower of 24 blocks (appendix C); 64 numbers a head, as in OpenAI's CLIPs."""
+    return {
+        "image_size": 256,
+        "patch_size": 16,
+        "vision_width": 1280,
+        "vision_depth": 32,
+        "vision_heads": 20,
+        "context_length": 77,
+        "vocab_size": 49408,
+        "text_width": 1024,
+        "text_depth": 24,
+        "text_heads": 16,
+        "embed_dim": 1024,
+        "activation": "gelu",
+        "remat": False,
+    }
+
+
+def clip_small() -> dict:
+    """The CLIP of the configs for one accelerator: ViT-B/32 at 256 pixels."""
+    return {
+        **clip_paper(),
+        "patch_size": 32,
+        "vision_width": 768,
+        "vision_depth": 12,
+        "vision_heads": 12,
+        "text_width": 512,
+        "text_depth": 12,
+        "text_heads": 8,
+        "embed_dim": 512,
+    }
+
+
+def text_paper() -> dict:
+    """The caption encoder of Table 3, of priors and decoder."""
+    return {
+        "context_length": 256,
+        "vocab_size": 49408,
+        "width": 2048,
+        "depth": 24,
+        "heads": 32,
+        "activation": "gelu",
+        "remat": False,
+    }
+
+
+def text_small() -> dict:
+    """The caption encoder of the configs for one accelerator."""
+    return {**text_paper(), "context_length": 128, "width": 512, "depth": 12, "heads": 8, "remat": True}
+
+
 def clip_tiny(*, emoji: bool) -> dict:
     """The CLIP of the laptop configs; the stages after it must name the same one."""
     # Convolutions before the transformer teach it shapes in hundreds of steps; the emoji do not need them.

@@ -2,6 +2,9 @@
 
     python -m unclip_jax.train --config=configs/decoder.py:tiny --workdir=runs/decoder \
         --config.frozen.clip=runs/clip
+
+`paper` is Table 3's (appendix C), sampled with the guidance of its COCO evaluation; `small` trains on one accelerator
+of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary.
 """
 
 from configs import common
@@ -42,6 +45,49 @@ def _laptop(emoji):
     return config
 
 
+def _large(config, clip, text, unet):
+    config.frozen = {"clip": ""}
+    config.clip = clip
+    config.model = {
+        "unet": {
+            "in_channels": 3,
+            "out_channels": 6,
+            "channel_mult": (1, 2, 3, 4),
+            "depth": 3,
+            "attention_resolutions": (32, 16, 8),
+            "image_size": 64,
+            "head_channels": 64,
+            "dropout": 0.1,
+            "scale_shift": "film",
+            **unet,
+        },
+        "text": text,
+        "embed_dim": clip["embed_dim"],
+        "clip_tokens": 4,
+        "null_clip": "zeros",
+        "clip_scale": 1.0,
+    }
+    config.drop = {"text": 0.5, "clip": 0.1}
+    config.diffusion = common.diffusion()
+    config.sampling = {"method": "ddpm", "timesteps": "250", "guidance_scale": 1.25, "eta": 0.0}
+    config.optim.learning_rate = 1.2e-4
+    config.evaluation.evaluators = ("loss", "pictures")
+    return config
+
+
+def _paper():
+    config = common.pod(common.base(stage="decoder", batch_size=2048, steps=800_000))
+    return _large(config, common.clip_paper(), common.text_paper(), {"channels": 512, "remat": False})
+
+
+def _small():
+    config = common.accelerator(common.base(stage="decoder", batch_size=64, steps=500_000))
+    return _large(config, common.clip_small(), common.text_small(), {"channels": 128, "remat": True})
+
+
+VARIANTS = {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True), "small": _small, "paper": _paper}
+
+
 def get_config(variant="tiny"):
     """Returns the config of a variant."""
-    return common.choose(variant, {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True)})
+    return common.choose(variant, VARIANTS)

@@ -2,6 +2,10 @@
 
     python -m unclip_jax.train --config=configs/prior_diffusion.py:tiny --workdir=runs/prior_diffusion \
         --config.frozen.clip=runs/clip
+
+`paper` is Table 3's (appendix C); `small` trains on one accelerator of 16 GB. Both want `--config.data.dataset=FOLDER`
+and OpenAI's vocabulary. They sample with the analytic variance, which is measured when the run has ended:
+`python -m unclip_jax.statistics --workdir=…`.
 """
 
 from configs import common
@@ -23,6 +27,33 @@ def _laptop(emoji):
     return config
 
 
+def _large(config, clip, text):
+    config.frozen = {"clip": ""}
+    config.clip = clip
+    config.model = {**text, "embed_dim": clip["embed_dim"]}
+    config.embedding_scale = 0.5375 * clip["embed_dim"] ** 0.5  # 17.2 at 1,024 numbers
+    config.drop = {"text": 0.1}
+    config.diffusion = {**common.diffusion(prediction="x_start", variance="fixed_small"), "clip_x_start": None}
+    config.sampling = {"method": "analytic", "timesteps": "64", "guidance_scale": 1.0, "eta": 0.0, "candidates": 2}
+    config.optim.update({"learning_rate": 1.1e-4, "weight_decay": 6e-2, "beta2": 0.96, "eps": 1e-6})
+    config.evaluation.evaluators = ("loss", "embedding")
+    return config
+
+
+def _paper():
+    config = common.pod(common.base(stage="prior_diffusion", batch_size=4096, steps=600_000))
+    return _large(config, common.clip_paper(), common.text_paper())
+
+
+def _small():
+    config = common.accelerator(common.base(stage="prior_diffusion", batch_size=256, steps=300_000))
+    text = {**common.text_small(), "context_length": 77, "width": 1024, "heads": 16}
+    return _large(config, common.clip_small(), text)
+
+
+VARIANTS = {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True), "small": _small, "paper": _paper}
+
+
 def get_config(variant="tiny"):
     """Returns the config of a variant."""
-    return common.choose(variant, {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True)})
+    return common.choose(variant, VARIANTS)

@@ -1,6 +1,10 @@
 """The upsamplers: a low-resolution image -> a larger one. Two variants of each size, first and second of the cascade.
 
     python -m unclip_jax.train --config=configs/upsampler.py:tiny_1 --workdir=runs/upsampler_1
+
+`paper_1` (64 -> 256) and `paper_2` (256 -> 1024) are Table 3's (appendix C), trained on crops of a quarter; the first
+samples by GLIDE's 27 steps. `small_1` and `small_2` train on one accelerator of 16 GB. All four want
+`--config.data.dataset=FOLDER`.
 """
 
 from configs import common
@@ -35,12 +39,57 @@ def _laptop(emoji, second):
     return config
 
 
+def _large(config, second, unet):
+    common.pod(config)
+    config.data.vocabulary = "tiny"  # no captions are read
+    config.unet = {
+        "in_channels": 6,
+        "out_channels": 6,
+        "attention_resolutions": (),
+        "image_size": 1024 if second else 256,
+        "head_channels": 64,
+        "dropout": 0.0 if second else 0.1,
+        "scale_shift": "film",
+        **unet,
+    }
+    config.low_res_size = 256 if second else 64
+    config.data.degradation = "bsr" if second else "gaussian_blur"
+    config.data.crop_fraction = 0.25
+    config.diffusion = common.diffusion(schedule="linear" if second else "cosine")
+    timesteps, temperature = ("15", 1.0) if second else ("fast27", 0.997)
+    config.sampling = {"method": "ddim", "timesteps": timesteps, "eta": 0.0, "temperature": temperature}
+    config.optim.learning_rate = 1.0e-4 if second else 1.2e-4
+    config.evaluation.evaluators = ("loss", "pictures")
+    return config
+
+
+_MULT = {False: (1, 2, 3, 4), True: (1, 1, 2, 2, 4, 4)}
+
+
+def _paper(second):
+    size = {"channels": 192, "depth": 2} if second else {"channels": 320, "depth": 3}
+    config = common.base(stage="upsampler", batch_size=512 if second else 1024, steps=1_000_000)
+    return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": False})
+
+
+def _small(second):
+    config = common.accelerator(common.base(stage="upsampler", batch_size=8 if second else 32, steps=500_000))
+    size = {"channels": 96 if second else 128, "depth": 2}
+    return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": True})
+
+
+VARIANTS = {
+    "tiny_1": lambda: _laptop(False, False),
+    "tiny_2": lambda: _laptop(False, True),
+    "emoji_1": lambda: _laptop(True, False),
+    "emoji_2": lambda: _laptop(True, True),
+    "small_1": lambda: _small(False),
+    "small_2": lambda: _small(True),
+    "paper_1": lambda: _paper(False),
+    "paper_2": lambda: _paper(True),
+}
+
+
 def get_config(variant="tiny_1"):
     """Returns the config of a variant."""
-    variants = {
-        "tiny_1": lambda: _laptop(False, False),
-        "tiny_2": lambda: _laptop(False, True),
-        "emoji_1": lambda: _laptop(True, False),
-        "emoji_2": lambda: _laptop(True, True),
-    }
-    return common.choose(variant, variants)
+    return common.choose(variant, VARIANTS)

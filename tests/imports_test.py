@@ -16,11 +16,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # A part (module or subpackage of unclip_jax) imports parts of lower layers and, if a subpackage, itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("arrays", "sharding", "config", "state", "programs"),
+    ("arrays", "sharding", "config", "state", "programs", "flops"),
     ("replicas",),  # one replica's view of a batch
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics"),
     ("stages", "evaluation", "interop"),
-    ("parts", "captioned_grid"),  # parts: trained networks, read from their workdirs
+    ("parts", "captioned_grid", "description"),  # parts: trained networks, read from their workdirs
     ("unclip", "report", "jobs"),  # jobs: runs programs side by side
     ("program",),
     ("inputs",),  # what a program reads

@@ -75,9 +75,7 @@ class CLIPStage:
     def loss(self, params, frozen, batch, rng, *, train):
         z_i, z_t, log_scale = self.network.apply(params, from_uint8(batch["clip_image"]), batch["clip_tokens"])
         scale = jnp.exp(jnp.minimum(log_scale, jnp.log(self.logit_scale_max)))
-        loss, metrics = replicas.by_rows(
-            contrastive_loss, base.normalize(z_i), base.normalize(z_t), whole=scale
-        )
+        loss, metrics = replicas.by_rows(contrastive_loss, base.normalize(z_i), base.normalize(z_t), whole=scale)
         return loss, {**metrics, "logit_scale": scale}
 
     def predict_fns(self) -> dict[str, base.Predict]:
