@@ -46,7 +46,7 @@ def _add(jaxpr: core.Jaxpr, scope: Scope, times: int, counts: Counter[Scope]) ->
             branches = [Counter[Scope]() for _ in bodies]
             for body, branch in zip(bodies, branches, strict=True):
                 _add(body, here, times, branch)
-            counts.update(max(branches, key=lambda branch: branch.total()))
+            counts.update(max(branches, key=lambda branch: sum(branch.values())))
             continue
         for body in bodies:
             _add(body, here, times * _repetitions(equation), counts)
