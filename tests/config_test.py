@@ -57,7 +57,7 @@ def test_there_is_a_config_for_each_stage_with_the_variants_that_readers_look_fo
     assert stages == {"clip", "prior_ar", "prior_diffusion", "decoder", "upsampler"}
     for file in FILES:
         stems = {variant.partition("_")[0] for variant in variants(file)}
-        assert {"tiny", "emoji"} <= stems, file
+        assert {"tiny", "emoji", "small", "paper"} <= stems, file
 
 
 @pytest.mark.parametrize("spec", ALL, ids=name)

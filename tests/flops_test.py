@@ -117,6 +117,23 @@ def test_the_papers_stages_have_its_parameters_and_operations(config):
     assert found.train_flops_per_example == found.forward_flops_per_example * (6 if config.startswith("clip") else 3)
 
 
+SMALL = (
+    "clip.py:small",
+    "prior_ar.py:small",
+    "prior_diffusion.py:small",
+    "decoder.py:small",
+    "upsampler.py:small_1",
+    "upsampler.py:small_2",
+)
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_the_small_stages_leave_most_of_an_accelerator_to_activations(config):
+    """Weights, their moving average, Adam's moments and a gradient in float32, and the frozen CLIP, of 16 GB."""
+    found = described(config)
+    assert 20 * found.parameters + 4 * found.frozen_parameters < 16e9 / 2
+
+
 def test_sampling_takes_the_operations_that_were_counted_for_it():
     """One image of the paper's chain: 250 guided decoder steps, 27 and 15 of the upsamplers at full size."""
     for config, name, expected in (
