@@ -197,6 +197,7 @@ def test_another_clip_at_the_same_place_is_noticed(one_device, tmp_path, data_di
     ("evaluation__evaluators", ("pictures",), "needs 'reconstruct', which this stage does not predict"),
     ("data__eval_split", "valid", r"config.data.eval_split: .*no split 'valid'; .*split='train\[:95%\]'"),
     ("data__workers", 2, "config.data.workers=2"),
+    ("data__dataset", "", "config.data.dataset is not set; .*--config.data.dataset=FOLDER"),
 ])
 def test_what_cannot_be_read_or_evaluated_is_found_before_anything_is_written(
     config, one_device, tmp_path, key, value, message

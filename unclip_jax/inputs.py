@@ -165,6 +165,11 @@ def _parts(data: ConfigDict) -> list[_Part]:
 
 def _located(dataset: str, variant: str, *, data_dir: str) -> str:
     """Returns the folder of a data set; a built-in one is written there first where it is missing."""
+    if not dataset:
+        raise InputError(
+            "config.data.dataset is not set; name the folder that `python -m unclip_jax.prepare` made of your images, or "
+            f"one of {', '.join(sorted(datasets.DATASETS))}: --config.data.dataset=FOLDER"
+        )
     if dataset in datasets.DATASETS:
         return datasets.prepare(dataset, data_dir=str(epath.Path(data_dir).expanduser()), variant=variant)
     return str(epath.Path(dataset).expanduser())
