@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import transformer_oracle as oracle
 from flax.core import meta
+from ml_collections import ConfigDict
 from published_clips import OPENAI, OPENCLIP
 
+from unclip_jax import optim
 from unclip_jax.errors import InputError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.clip_resnet import ModifiedResNet
@@ -258,6 +260,11 @@ def test_a_resnets_statistics_have_no_gradient_but_count(resnet):
     for norm in ("stem_norm_0", "stem_norm_2"):
         assert jnp.abs(gradients[norm]["scale"]).max() > 0
         assert not gradients[norm]["running_mean"].any() and not gradients[norm]["running_var"].any()
+    # Weight decay, which needs no gradient, leaves them alone too.
+    decayed = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.5, "decay": "all", "grad_clip": 0.0}
+    optimizer = optim.create(ConfigDict(decayed), lambda step: 0.1)
+    updates = jax.jit(lambda p: optimizer.update(gradients, optimizer.init(p), p)[0])(params)["stem_norm_0"]
+    assert {name for name, update in updates.items() if update.any()} == {"scale", "bias"}
     wider = jax.tree_util.tree_map_with_path(lambda path, x: x * (1 + (path[-1].key == "running_var")), params)
     assert jnp.abs(_squares(_tower(), wider, images)[0] - embeddings).max() > 0.1 * jnp.abs(embeddings).max()
 
