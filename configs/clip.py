@@ -16,6 +16,11 @@ def _laptop(emoji):
     config.model = {**common.clip_tiny(emoji=emoji), "logit_scale_max": 100.0}
     config.optim.update({"learning_rate": 1e-3 if emoji else 2e-3, "weight_decay": 0.1, "beta2": 0.98, "eps": 1e-6})
     config.evaluation.update({"evaluators": ("loss", "retrieval"), "examples": 512, "batch_size": 128})
+    config.evaluation.update(_measures())
+    if not emoji:
+        config.evaluation.evaluators += ("zero_shot", "linear_probe")
+        config.evaluation.update({"label": "shape", "templates": ("a {}", "a small {}", "a large {}")})
+        config.evaluation.probe_examples = 2000
     return config
 
 
@@ -26,6 +31,7 @@ def _paper():
     config.optim.update({"learning_rate": 3e-4, "schedule": "cosine", "weight_decay": 0.2, "beta2": 0.98, "eps": 1e-6})
     config.optim.update(common.durations(warmup_steps=2000))
     config.evaluation.update({"evaluators": ("loss", "retrieval"), "examples": 4096, "batch_size": 1024})
+    config.evaluation.update(_measures())
     return config
 
 
@@ -35,7 +41,22 @@ def _small():
     config.optim.update({"learning_rate": 5e-4, "schedule": "cosine", "weight_decay": 0.2, "beta2": 0.98, "eps": 1e-6})
     config.optim.update(common.durations(warmup_steps=2000))
     config.evaluation.evaluators = ("loss", "retrieval")
+    config.evaluation.update(_measures())
     return config
+
+
+def _measures():
+    """Keys of the evaluators retrieval, zero_shot and linear_probe."""
+    return {
+        "recall_at": (1, 5, 10),
+        "label": "",  # feature of the records with their classes, of TFDS's ClassLabel
+        "label_dataset": "",  # folder of a labelled data set, where that is another one than data.dataset
+        "label_split": "",  # where it is empty, data.eval_split
+        "label_train_split": "",  # where it is empty, data.split
+        "classes": (),  # names of the classes where the data's own do not do; "@names.txt" reads a file
+        "templates": (),  # captions with {} for the name, or "@file"; where there are none, a few for photographs
+        "probe_examples": 10_000,
+    }
 
 
 VARIANTS = {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True), "small": _small, "paper": _paper}

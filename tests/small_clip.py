@@ -21,6 +21,7 @@ def get_config(variant="120"):
         config.log.every_steps = 1
         config.checkpoint.every_percent = None
         config.checkpoint.every_steps = 3
-        config.evaluation.update({"examples": 8, "batch_size": 8})
+        config.evaluation.update({"evaluators": ("loss", "retrieval"), "examples": 8, "batch_size": 8})
+        config.evaluation.recall_at = (1, 5)
         config.evaluation.every_percent = 100.0
     return config

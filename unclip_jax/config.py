@@ -101,7 +101,9 @@ RULES: dict[str, Any] = {
     "sharding": Rule(tuple),
     "checkpoint": {**_durations("every"), "keep": SIZE},
     "log": {**_durations("every"), "tensorboard": SWITCH, "profile_start": COUNT, "profile_steps": COUNT},
-    "evaluation": {**_durations("every"), "evaluators": Rule(tuple), "examples": SIZE, "batch_size": SIZE},
+    "evaluation": {**_durations("every"), "evaluators": Rule(tuple), "examples": SIZE, "batch_size": SIZE,
+                   "recall_at": SIZES, "templates": Rule(tuple), "classes": Rule(tuple), "label": TEXT,
+                   "label_dataset": TEXT, "label_split": TEXT, "label_train_split": TEXT, "probe_examples": SIZE},
 }  # fmt: skip
 
 # Keys that may differ when a run is resumed: they change where and how it runs, never what it computes.

@@ -17,6 +17,13 @@ from unclip_jax.program import Program
 from unclip_jax.stages import base
 
 _LOG = logging.getLogger(__name__)
+# What evaluators may read -> the key of config.evaluation that names its split, and that of config.data, where there is
+# no other.
+_SPLITS = {
+    "evaluation": ("", "eval_split"),
+    "labelled": ("label_split", "eval_split"),
+    "labelled_training": ("label_train_split", "split"),
+}
 
 
 class Input:
@@ -64,16 +71,6 @@ class Input:
             ]
         )
 
-    def check_evaluation(self) -> None:
-        """Opens the evaluation split, so that one that is not there is found before the first step."""
-        try:
-            datasets.open_source(self.directory, self._config.data.eval_split)
-        except InputError as error:
-            raise InputError(
-                f"config.data.eval_split: {error}; slices hold a part out, as --config.data.split='train[:95%]' "
-                "--config.data.eval_split='train[95%:]'"
-            ) from error
-
     def _batches(self, *, seed: int, start_step: int):
         data, config = self._config.data, self._config
         return pipeline.training_batches(
@@ -104,24 +101,89 @@ class Input:
             yield sharding.put_batch(next(batches), self._program.batch_sharding)
         batches.close()
 
-    def evaluation(
-        self, spec: Mapping[str, jax.ShapeDtypeStruct], *, limit: int, batch_size: int
+    def evaluation(self) -> "EvaluationData":
+        """Returns what evaluators read (`evaluation.base.Data`)."""
+        return EvaluationData(self._program, self.directory, self.tokenizer)
+
+
+class EvaluationData:
+    """The evaluation split, and labelled examples: of the same data set, or of `config.evaluation.label_dataset`."""
+
+    def __init__(self, program: Program, directory: str, tokenizer: Tokenizer | None):
+        """Args: the run's program; the folder of its data; its tokenizer, None where it reads no captions."""
+        self._program, self._directory, self._tokenizer = program, directory, tokenizer
+        self._config = program.config
+        self._opened: dict[str, sources.Source] = {}
+
+    def _place(self, source: str) -> tuple[str, str, str]:
+        """Returns the folder and split of a source, and the key of the config that names the split."""
+        data, labels = self._config.data, self._config.evaluation
+        key, otherwise = _SPLITS[source]
+        if labels.get(key):
+            return self._labelled_directory(), labels[key], f"evaluation.{key}"
+        if key and labels.get("label_dataset"):
+            raise InputError(
+                f"config.evaluation.label_dataset={labels.label_dataset!r} needs config.evaluation.{key}, one of its "
+                "splits"
+            )
+        return self._directory, data[otherwise], f"data.{otherwise}"
+
+    def _labelled_directory(self) -> str:
+        other = self._config.evaluation.get("label_dataset")
+        return str(epath.Path(other).expanduser()) if other else self._directory
+
+    def _open(self, source: str) -> sources.Source:
+        if source in self._opened:
+            return self._opened[source]
+        directory, split, key = self._place(source)
+        # Labelled images need neither captions nor ids.
+        required = ("image", self._config.evaluation.label) if source != "evaluation" else datasets.REQUIRED_FEATURES
+        try:
+            self._opened[source] = datasets.open_source(directory, split, required=required)
+        except InputError as error:
+            hint = "slices hold a part out, as --config.data.split='train[:95%]' --config.data.eval_split='train[95%:]'"
+            raise InputError(f"config.{key}: {error}" + f"; {hint}" * (key == "data.eval_split")) from error
+        return self._opened[source]
+
+    def count(self, source: str) -> int:
+        """Returns the number of examples of a source.
+
+        Raises:
+          InputError: its data set or split is not there or lacks what is read.
+        """
+        return len(self._open(source))
+
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the names of the classes that `config.evaluation.label` tells apart.
+
+        Raises:
+          InputError: the records have no such label.
+        """
+        try:
+            return datasets.class_names(self._labelled_directory(), self._config.evaluation.get("label", ""))
+        except InputError as error:
+            raise InputError(f"config.evaluation.label: {error}") from error
+
+    def batches(
+        self, spec: Mapping[str, jax.ShapeDtypeStruct], *, source: str, limit: int, batch_size: int
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields this host's part of the first `limit` examples of the evaluation split, in order."""
+        """Yields this host's part of at most `limit` examples of a source, see `evaluation.base.Data`."""
         data = self._config.data
         # Training may be on crops; whoever asks for another size of image wants all of it.
         trained = self._program.stage.batch_spec(1).get("image")
         whole = trained is not None and "image" in spec and spec["image"].shape[1:] != trained.shape[1:]
         batches = pipeline.evaluation_batches(
-            datasets.open_source(self.directory, data.eval_split),
+            self._open(source),
             spec=spec,
-            tokenizer=self.tokenizer,
+            tokenizer=self._tokenizer,
             batch_size=batch_size,
             limit=limit,
+            shuffle_seed=0 if source == "labelled_training" else None,
             host_index=jax.process_index(),
             host_count=jax.process_count(),
             crop=1.0 if whole else data.crop_fraction,
             degradation=data.degradation,
+            label=self._config.evaluation.get("label", ""),
             max_bad_fraction=data.max_bad_percent / 100,
         )
         yield from batches
@@ -167,8 +229,8 @@ def _located(dataset: str, variant: str, *, data_dir: str) -> str:
     """Returns the folder of a data set; a built-in one is written there first where it is missing."""
     if not dataset:
         raise InputError(
-            "config.data.dataset is not set; name the folder that `python -m unclip_jax.prepare` made of your images, or "
-            f"one of {', '.join(sorted(datasets.DATASETS))}: --config.data.dataset=FOLDER"
+            "config.data.dataset is not set; name the folder that `python -m unclip_jax.prepare` made of your images, "
+            f"or one of {', '.join(sorted(datasets.DATASETS))}: --config.data.dataset=FOLDER"
         )
     if dataset in datasets.DATASETS:
         return datasets.prepare(dataset, data_dir=str(epath.Path(data_dir).expanduser()), variant=variant)

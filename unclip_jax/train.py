@@ -87,15 +87,16 @@ class Run:
         config = self.config.evaluation
         if not self.every["evaluation"]:
             return []
-        self.input.check_evaluation()
+        data, tokenizer = self.input.evaluation(), self.input.tokenizer
         return [
             evaluators.create(
                 name,
                 predict=self.program.predict,
                 specs=self.program.stage.predict_specs(config.batch_size),
-                data=self.input.evaluation,
+                data=data,
                 put=functools.partial(sharding.put_batch, sharding=self.program.batch_sharding),
                 config=config,
+                tokenize=tokenizer.encode if tokenizer else None,
             )
             for name in config.evaluators
         ]
