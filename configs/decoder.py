@@ -4,7 +4,8 @@
         --config.frozen.clip=runs/clip
 
 `paper` is Table 3's (appendix C), sampled with the guidance of its COCO evaluation; `small` trains on one accelerator
-of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary.
+of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary. `tiny_glide` and so on read captions alone,
+without CLIP; `tiny_text` and so on are trained on z_t in place of z_i (section 5.1).
 """
 
 from configs import common
@@ -69,7 +70,7 @@ def _large(config, clip, text, unet):
     }
     config.drop = {"text": 0.5, "clip": 0.1}
     config.diffusion = common.diffusion()
-    config.sampling = {"method": "ddpm", "timesteps": "250", "guidance_scale": 1.25, "eta": 0.0}
+    config.sampling = common.pixel_sampling(method="ddpm", timesteps="250", guidance_scale=1.25)
     config.optim.learning_rate = 1.2e-4
     config.evaluation.evaluators = ("loss", "pictures")
     return config
@@ -85,7 +86,32 @@ def _small():
     return _large(config, common.clip_small(), common.text_small(), {"channels": 128, "remat": True})
 
 
-VARIANTS = {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True), "small": _small, "paper": _paper}
+def _glide(config):
+    """Captions alone, no CLIP: GLIDE, which forgets a fifth of the captions, not half, to be guided."""
+    del config.frozen, config.clip
+    config.model.update({"embed_dim": 0, "clip_tokens": 0})
+    config.drop = {"text": 0.2, "clip": 0.0}
+    return config
+
+
+def _text_embeddings(config):
+    """Trained on z_t where unCLIP's decoder has z_i: the text-embedding decoder of section 5.1."""
+    config.condition = "text"
+    return config
+
+
+VARIANTS = {
+    "tiny": lambda: _laptop(False),
+    "tiny_glide": lambda: _glide(_laptop(False)),
+    "tiny_text": lambda: _text_embeddings(_laptop(False)),
+    "emoji": lambda: _laptop(True),
+    "small": _small,
+    "small_glide": lambda: _glide(_small()),
+    "small_text": lambda: _text_embeddings(_small()),
+    "paper": _paper,
+    "paper_glide": lambda: _glide(_paper()),
+    "paper_text": lambda: _text_embeddings(_paper()),
+}
 
 
 def get_config(variant="tiny"):

@@ -34,7 +34,8 @@ def _large(config, clip, text):
     config.embedding_scale = 0.5375 * clip["embed_dim"] ** 0.5  # 17.2 at 1,024 numbers
     config.drop = {"text": 0.1}
     config.diffusion = {**common.diffusion(prediction="x_start", variance="fixed_small"), "clip_x_start": None}
-    config.sampling = {"method": "analytic", "timesteps": "64", "guidance_scale": 1.0, "eta": 0.0, "candidates": 2}
+    config.sampling = {"method": "analytic", "timesteps": "64", "eta": 0.0, "threshold": "static"}
+    config.sampling.update({"guidance_scale": 1.0, "candidates": 2})
     config.optim.update({"learning_rate": 1.1e-4, "weight_decay": 6e-2, "beta2": 0.96, "eps": 1e-6})
     config.evaluation.evaluators = ("loss", "embedding")
     return config

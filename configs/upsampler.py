@@ -57,7 +57,7 @@ def _large(config, second, unet):
     config.data.crop_fraction = 0.25
     config.diffusion = common.diffusion(schedule="linear" if second else "cosine")
     timesteps, temperature = ("15", 1.0) if second else ("fast27", 0.997)
-    config.sampling = {"method": "ddim", "timesteps": timesteps, "eta": 0.0, "temperature": temperature}
+    config.sampling = common.pixel_sampling(method="ddim", timesteps=timesteps, temperature=temperature)
     config.optim.learning_rate = 1.0e-4 if second else 1.2e-4
     config.evaluation.evaluators = ("loss", "pictures")
     return config

@@ -12,7 +12,7 @@ import pytest
 import untrained_models
 from PIL import Image
 
-from unclip_jax import generate, programs
+from unclip_jax import generate, programs, unclip
 from unclip_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -86,6 +86,8 @@ def test_stopped_and_begun_again_it_makes_the_same_images(models, cache, tmp_pat
 @pytest.mark.parametrize("options, says", [
     (("--models=nowhere",), "there is no folder 'nowhere'"),
     (("--prior=difusion",), "did you mean 'diffusion'"),
+    (("--negative_prompt=a ring", "--guidance_scale=1"), "no part that reads captions is guided"),
+    (("--negative_prompt= ",), "--negative_prompt is empty"),
     (("--prior=ar",), "holds no trained prior_ar; train it: python -m unclip_jax.train"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_sentence(models, cache, tmp_path, options, says):
@@ -148,6 +150,33 @@ def test_a_damaged_image_is_made_again_and_another_prompts_is_kept(tmp_path):
     path = tmp_path / f"{image.name}.png"
     path.write_bytes(path.read_bytes()[:-200])
     assert not writer.has(image)
+
+
+@pytest.mark.parametrize("negative", [None, RING])
+def test_a_negative_prompt_reaches_the_model_and_stands_in_every_image(tmp_path, negative):
+    asked = []
+
+    class Model(unclip.UnCLIP):
+        microbatch = 2
+
+        def generate(self, captions, **options):
+            asked.append(options["negative"])
+            return unclip.Generation(None, {"decoder": np.zeros((len(captions), 8, 8, 3), np.uint8)}, {})
+
+    class NeverStop(generate.Stop):
+        def __init__(self):
+            self.asked = False
+
+    writer = _writer(tmp_path, negative_prompt=negative)
+    images = generate.wanted_images([STAR], priors=["none"], seed=0, samples=3)
+    model = Model.__new__(Model)
+    assert generate.make(model, writer, images, NeverStop(), negative=negative) == programs.DONE
+    assert asked == [negative, negative]
+    with Image.open(tmp_path / f"{images[0].name}.png") as picture:
+        assert picture.text.get("negative_prompt") == negative
+    assert json.loads((tmp_path / "manifest.json").read_text())["record"]["negative_prompt"] == negative
+    with pytest.raises(InputError, match="negative_prompt was"):
+        _writer(tmp_path, negative_prompt=STAR)
 
 
 def test_every_sampling_flag_names_a_setting_that_its_stages_have():

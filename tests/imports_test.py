@@ -21,7 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics"),
     ("stages", "evaluation", "interop"),
     ("parts", "captioned_grid", "description"),  # parts: trained networks, read from their workdirs
-    ("unclip", "report", "jobs"),  # jobs: runs programs side by side
+    ("predictor", "report", "jobs"),  # predictor: calls parts; jobs: runs programs side by side
+    ("unclip",),
     ("program",),
     ("inputs",),  # what a program reads
     ("train",),

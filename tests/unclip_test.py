@@ -64,6 +64,74 @@ def test_without_a_prior_the_text_embedding_is_decoded(model):
     np.testing.assert_array_equal(made.images["decoder"], model.decode(z_t, CAPTIONS, seed=3, ids=IDS))
 
 
+def test_a_dropped_embedding_leaves_the_caption(model, made):
+    alone = model.generate(CAPTIONS, seed=3, ids=IDS, prior="dropped")
+    assert alone.z_i is None and "prior_diffusion" not in alone.seconds
+    assert (alone.images["decoder"] != made.images["decoder"]).any()
+    # The null embedding is zeros; that the two programs are not one may cost a bit.
+    zeros = model.decode(np.zeros_like(made.z_i), CAPTIONS, seed=3, ids=IDS)
+    assert np.abs(alone.images["decoder"].astype(int) - zeros).max() <= 1
+    with pytest.raises(InputError, match="no prior 'dropped'"):
+        model.sample_prior(CAPTIONS, prior="dropped")
+
+
+def test_each_stage_takes_the_8_bit_image_of_the_one_before(model, made):
+    again = model.upsample(made.images["decoder"], seed=3, ids=IDS)
+    for name, images in again.items():
+        np.testing.assert_array_equal(images, made.images[name], err_msg=name)
+
+
+def test_a_negative_prompt_reaches_the_parts_that_are_guided(folder, model, made):
+    assert model.steered("diffusion") == ["decoder"]
+    same = model.generate(CAPTIONS, seed=3, ids=IDS, negative="")
+    other = model.generate(CAPTIONS, seed=3, ids=IDS, negative=CAPTIONS[1])
+    for name, images in made.images.items():
+        np.testing.assert_array_equal(same.images[name], images, err_msg=name)
+        assert (other.images[name] != images).any(), name
+    np.testing.assert_array_equal(other.z_i, made.z_i)
+    guided = unclip.UnCLIP.load(str(folder), sampling={"prior_diffusion": {"guidance_scale": 2}}, microbatch=8)
+    assert guided.steered("diffusion") == ["prior_diffusion", "decoder"] and guided.steered("none") == ["decoder"]
+    away = [guided.sample_prior(CAPTIONS, negative=negative) for negative in (None, CAPTIONS[1])]
+    assert np.abs(away[0] - away[1]).max() > 1e-3
+
+
+def test_a_negative_prompt_that_nothing_would_read_is_refused(folder, tmp_path):
+    unguided = {"decoder": {"guidance_scale": 1}}
+    model = unclip.UnCLIP.load(str(folder), only=["clip", "prior_diffusion", "decoder"], sampling=unguided)
+    with pytest.raises(InputError, match="no part that reads captions is guided"):
+        model.generate(CAPTIONS, negative=CAPTIONS[0])
+    with pytest.raises(InputError, match="guidance_scale 1 steers nowhere"):
+        model.decode(np.zeros((3, 16), np.float32), CAPTIONS, negative=CAPTIONS[0])
+    wordless = untrained_models.write(tmp_path, "decoder", model__text=None)
+    model = unclip.UnCLIP.load({"clip": str(folder / "clip"), "decoder": str(wordless)})
+    with pytest.raises(InputError, match="no part that reads captions"):
+        model.check(prior="none", negative=CAPTIONS[0])
+    with pytest.raises(InputError, match="reads none"):
+        model.decode(np.zeros((3, 16), np.float32), CAPTIONS, negative=CAPTIONS[0])
+
+
+def test_a_decoder_of_text_embeddings_takes_them_and_no_prior(folder, tmp_path):
+    trained = untrained_models.write(tmp_path, "decoder", condition="text")
+    workdirs = {"clip": folder / "clip", "prior_ar": folder / "prior_ar", "decoder": trained}
+    model = unclip.UnCLIP.load({name: str(path) for name, path in workdirs.items()}, microbatch=8)
+    with pytest.raises(InputError, match="was trained on embeddings of texts.*use the prior 'none'"):
+        model.generate(CAPTIONS, prior="ar")
+    plain = model.generate(CAPTIONS, prior="none").images["decoder"]
+    np.testing.assert_array_equal(plain, model.decode(model.embed_text(CAPTIONS), CAPTIONS))
+    # Its null branch reads the negative prompt's z_t too: not even the empty caption is the null condition.
+    assert (model.generate(CAPTIONS, prior="none", negative="").images["decoder"] != plain).any()
+
+
+def test_glide_draws_from_captions_without_a_clip(tmp_path):
+    untrained_models.write(tmp_path, "decoder", model__embed_dim=0)
+    assert unclip.names_for(str(tmp_path), priors=["dropped"]) == ["decoder"]
+    model = unclip.UnCLIP.load(str(tmp_path), only=["decoder"], microbatch=8)
+    with pytest.raises(InputError, match="reads captions and no embedding: use the prior 'dropped'"):
+        model.generate(CAPTIONS, prior="none")
+    made = model.generate(CAPTIONS, prior="dropped").images["decoder"]
+    assert made.shape == (3, 16, 16, 3) and (made[0] != made[1]).any()
+
+
 def test_each_prior_gives_embeddings_of_its_own(model, made):
     ar = model.sample_prior(CAPTIONS, prior="ar", seed=3, ids=IDS)
     np.testing.assert_allclose(np.linalg.norm(ar, axis=1), 1, atol=1e-5)

@@ -25,17 +25,18 @@ def write(folder: pathlib.Path, name: str, *, seed: int = 0, **overrides: Any) -
             config.frozen.clip = str(folder / "clip")
     stage = base.create(config)
     key = jax.random.key(0)
-    params = _drawn(stage, seed)
+    params = drawn(stage, seed)
     statistics = jax.jit(lambda: stage.init_frozen(key).get("statistics", {}))()
     state = TrainState.create(params, optax.sgd(0.0).init(params), statistics)
     saver = checkpoint.Checkpointer(folder / name, every_steps=1, keep=1)
-    read = {"frozen.clip": checkpoint.fingerprint(_drawn(base.create(small("clip")), 0))}
+    read = {"frozen.clip": checkpoint.fingerprint(drawn(base.create(small("clip")), 0))}
     saver.save(state, config=config, extra={"data": read if config.get("frozen") else {}})
     saver.close()
     return folder / name
 
 
-def _drawn(stage: base.Stage, seed: int) -> Any:
+def drawn(stage: base.Stage, seed: int) -> Any:
+    """Returns weights of a stage drawn from a seed."""
     rng = np.random.default_rng(seed)
     abstract = nn.meta.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
     return jax.tree_util.tree_map_with_path(lambda path, x: _weights(rng, path, x.shape), abstract)

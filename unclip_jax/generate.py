@@ -44,6 +44,8 @@ SAMPLING_FLAGS = {
     "decoder_steps": (("decoder",), "timesteps"),
     "decoder_method": (("decoder",), "method"),
     "eta": (("decoder",), "eta"),
+    "threshold": (("decoder",), "threshold"),
+    "quantile": (("decoder",), "quantile"),
     "prior_guidance_scale": (("prior_diffusion", "prior_ar"), "guidance_scale"),
     "prior_steps": (("prior_diffusion",), "timesteps"),
     "candidates": (("prior_diffusion", "prior_ar"), "candidates"),
@@ -186,6 +188,8 @@ class Writer:
             "Software": f"unclip_jax {self.record['versions']['unclip_jax']}",
             "unclip_jax": json.dumps(self.record, sort_keys=True),
         }
+        if self.record.get("negative_prompt"):
+            text["negative_prompt"] = self.record["negative_prompt"]
         *earlier, last = pixels
         for stage in earlier if self.stages == "all" else ():
             save_png(self.folder / f"{image.name}-{stage}.png", pixels[stage], text)
@@ -234,7 +238,9 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def make(model: unclip.UnCLIP, writer: Writer, images: Sequence[Wanted], stop: Stop) -> int:
+def make(
+    model: unclip.UnCLIP, writer: Writer, images: Sequence[Wanted], stop: Stop, *, negative: str | None = None
+) -> int:
     """Makes the images that are missing, a microbatch of one prior at a time; returns an exit code."""
     missing = [image for image in images if not writer.has(image)]
     done = len(images) - len(missing)
@@ -253,6 +259,7 @@ def make(model: unclip.UnCLIP, writer: Writer, images: Sequence[Wanted], stop: S
                 [image.prompt for image in batch],
                 ids=[unclip.image_id(image.prompt, image.seed) for image in batch],
                 prior=prior,
+                negative=negative,
             )
             for row, image in enumerate(batch):
                 writer.write(image, {stage: pixels[row] for stage, pixels in made.images.items()})
@@ -267,14 +274,17 @@ def define_flags() -> None:
     flags.DEFINE_string("models", None, "Folder with the workdirs of the trained parts, such as runs/quickstart.")
     flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
     flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
+    flags.DEFINE_string("negative_prompt", None, "What not to draw: guidance steers away from it.")
     flags.DEFINE_string("out", None, "Folder for the images.")
     flags.DEFINE_integer("seed", 0, "Seed of the first sample of each prompt.", 0, 2**31 - 1)
     flags.DEFINE_integer("samples", 1, "Images per prompt.", lower_bound=1)
-    flags.DEFINE_list("prior", ["diffusion"], "diffusion, ar or none (z_t in z_i's place, section 5.1); or several.")
+    flags.DEFINE_list("prior", ["diffusion"], "diffusion, ar, none (z_t in z_i's place), dropped (no z_i); or several.")
     flags.DEFINE_string("guidance_scale", None, "Guidance of the decoder; 1 is none.")
     flags.DEFINE_string("decoder_steps", None, "Steps of the decoder, a number or a named subset such as fast27.")
     flags.DEFINE_string("decoder_method", None, "Sampler of the decoder.")
     flags.DEFINE_string("eta", None, "Noise of DDIM in the decoder, 0 to 1.")
+    flags.DEFINE_string("threshold", None, "What the decoder does with pixels out of range: static, dynamic or none.")
+    flags.DEFINE_string("quantile", None, "Of dynamic thresholding.")
     flags.DEFINE_string("prior_guidance_scale", None, "Guidance of the prior; 1 is none.")
     flags.DEFINE_string("prior_steps", None, "Steps of the diffusion prior.")
     flags.DEFINE_string("candidates", None, "Embeddings that the prior draws, of which the one nearest to z_t is kept.")
@@ -307,6 +317,9 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"--prior={prior} is unknown; {nearest(prior, unclip.PRIORS)}")
     priors = list(dict.fromkeys(options.prior))
     prompts = read_prompts(options.prompt, options.prompts)
+    negative = options.negative_prompt and captions_lib.clean(options.negative_prompt)
+    if negative == "":
+        raise InputError("--negative_prompt is empty; leave it out: the empty caption is what guidance leaves anyway")
     programs.start_logging()
     stop = Stop()
     programs.start_jax(compile_cache=options.compile_cache)
@@ -316,18 +329,21 @@ def main(argv: Sequence[str]) -> int:
     model = unclip.UnCLIP.load(
         options.models, only=names, sampling=sampling, weights=options.weights, microbatch=options.batch_size
     )
+    for prior in priors:
+        model.check(prior=prior, negative=negative)
     record = {
         "models": {name: {"workdir": part.workdir, "step": part.step} for name, part in model.parts.items()},
         "sampling": {
             name: part.config.sampling.to_dict() for name, part in model.parts.items() if "sampling" in part.config
         },
         "weights": options.weights,
+        "negative_prompt": negative,
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
     images = wanted_images(prompts, priors=priors, seed=options.seed, samples=options.samples)
     writer = Writer(options.out, record=record, stages=options.stages)
-    code = make(model, writer, images, stop)
+    code = make(model, writer, images, stop, negative=negative)
     timings = {name: dataclasses.asdict(timing) for name, timing in model.timings.items()}
     there = [image for image in images if writer.has(image)]
     writer.manifest(there, {**timings, "seconds": time.monotonic() - began})

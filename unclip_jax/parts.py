@@ -121,17 +121,16 @@ def with_sampling(config: ConfigDict, sampling: Mapping[str, Any], *, name: str)
 
 def check_clip(parts: Mapping[str, Part]) -> None:
     """All stages must describe, and where one can still look, have been trained on, the CLIP that is here."""
+    # A decoder of captions alone has none, whatever its config says of one.
+    readers = {name: part for name, part in parts.items() if hasattr(part.stage, "clip")}
     if "clip" not in parts:
-        needing = [name for name, part in parts.items() if part.config.get("frozen") and part.config.frozen.get("clip")]
+        needing = [name for name, part in readers.items() if part.config.frozen.clip]
         if needing:
             raise InputError(f"{needing[0]} needs the CLIP it was trained on, {parts[needing[0]].config.frozen.clip}")
         return
     clip = parts["clip"]
-    for name, part in parts.items():
-        named = part.config.get("clip")
-        if not named:
-            continue
-        wrong = base.clip_differences(there=named, here=clip.config.model)
+    for name, part in readers.items():
+        wrong = base.clip_differences(there=part.config.clip, here=clip.config.model)
         if wrong:
             raise InputError(f"{name} was trained on another CLIP than {clip.workdir}: {'; '.join(wrong)}")
         _check_weights(part, clip)

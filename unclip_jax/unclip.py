@@ -10,9 +10,7 @@ the one before it makes; that is checked before anything is computed.
 
 import dataclasses
 import hashlib
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,24 +23,15 @@ from unclip_jax.data import resize
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.parts import STAGES, Part
+from unclip_jax.predictor import Predictor, Progress
 
-# What turns a caption into z_i: a prior, or nothing, which puts z_t itself in z_i's place (section 5.1).
-PRIORS = {"diffusion": "prior_diffusion", "ar": "prior_ar", "none": None}
+# What turns a caption into z_i: a prior, or nothing. "none" puts z_t itself in z_i's place (section 5.1), and "dropped"
+# drops the embedding as training does, so that the caption alone is left (figure 8, first row).
+PRIORS = {"diffusion": "prior_diffusion", "ar": "prior_ar", "none": None, "dropped": None}
 
 Vectors = Float[np.ndarray, "b d"]
 # Sides are free, for what comes out of a stage is larger than what goes in.
 Pixels = UInt8[np.ndarray, "b _ _ 3"]
-# Called after each batch with (part, images done, images in all).
-Progress = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass
-class Timing:
-    """What one part has taken so far: compilation apart, then seconds of work for that many images."""
-
-    compile_seconds: float = 0.0
-    seconds: float = 0.0
-    images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +39,12 @@ class Generation:
     """What `generate` made of n captions.
 
     Attributes:
-      z_i: the embeddings that were decoded, normalised, float32 [n, d].
+      z_i: the embeddings that were decoded, normalised, float32 [n, d]; None where they were dropped.
       images: part -> uint8 [n, s, s, 3], the decoder's and every upsampler's, in that order.
       seconds: part -> seconds that this call spent in it, without compilation.
     """
 
-    z_i: Vectors
+    z_i: Vectors | None
     images: dict[str, Pixels]
     seconds: dict[str, float]
 
@@ -68,11 +57,15 @@ def image_id(prompt: str, seed: int) -> int:
 def names_for(models: str, *, priors: Sequence[str]) -> list[str]:
     """Returns the parts that images by these priors need: clip, the priors, the decoder and what upsamplers there are.
 
+    A decoder of captions alone needs no clip.
+
     Raises:
       InputError: there is no such folder.
     """
-    upsamplers = [name for name in parts_lib.folders(models) if STAGES[name] == "upsampler"]
-    return ["clip", *(name for prior in priors if (name := PRIORS[prior])), "decoder", *upsamplers]
+    there = parts_lib.folders(models)
+    clip = ["clip"] if "clip" in there or set(priors) != {"dropped"} else []
+    upsamplers = [name for name in there if STAGES[name] == "upsampler"]
+    return [*clip, *(name for prior in priors if (name := PRIORS[prior])), "decoder", *upsamplers]
 
 
 class UnCLIP:
@@ -91,11 +84,8 @@ class UnCLIP:
         """
         self.parts = {name: parts[name] for name in STAGES if name in parts}
         self.models = models
-        self.timings = {name: Timing() for name in self.parts}
-        self._mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
-        replicas = math.prod(self._mesh.shape.values())
-        self.microbatch = math.ceil(microbatch / replicas) * replicas
-        self._programs: dict[tuple[str, str, Any], Any] = {}
+        self._predictor = Predictor(self.parts, microbatch=microbatch)
+        self.timings, self.microbatch = self._predictor.timings, self._predictor.microbatch
         self._tokenizers: dict[str, Tokenizer] = {}
         parts_lib.check_clip(self.parts)
         parts_lib.check_sizes(self.parts)
@@ -156,6 +146,39 @@ class UnCLIP:
             raise InputError(parts_lib.missing(name, self.models))
         return self.parts[name]
 
+    def check(self, *, prior: str, negative: str | None = None) -> None:
+        """Raises what `generate` would for its arguments, before anything is computed.
+
+        Raises:
+          InputError: an unknown prior, one that makes what the decoder was not trained on, or a negative prompt that
+            no part would read.
+        """
+        if prior not in PRIORS:
+            raise InputError(f"there is no prior {prior!r}; {nearest(prior, PRIORS)}")
+        part = self.part("decoder")
+        stage: Any = part.stage
+        if not stage.embed_dim and prior != "dropped":
+            raise InputError(
+                f"the decoder in {part.workdir} reads captions and no embedding: use the prior 'dropped', not {prior!r}"
+            )
+        if stage.embed_dim and stage.condition == "text" and PRIORS[prior]:
+            raise InputError(
+                f"the decoder in {part.workdir} was trained on embeddings of texts, the prior {prior!r} makes those of "
+                "images: use the prior 'none', which gives it z_t"
+            )
+        if negative is not None and not self.steered(prior):
+            raise InputError(
+                "guidance steers away from the negative prompt, but no part that reads captions is guided: set another "
+                "guidance_scale than 1 for the decoder or the prior"
+            )
+
+    def steered(self, prior: str) -> list[str]:
+        """Returns the parts that read a negative prompt: those that read captions and are guided."""
+        decoder: Any = self.part("decoder").stage
+        names = [name for name in (PRIORS[prior],) if name] + (["decoder"] if decoder.reads_captions else [])
+        stages: dict[str, Any] = {name: self.part(name).stage for name in names}
+        return [name for name, stage in stages.items() if stage.sampling.guidance_scale != 1]
+
     def tokenize(self, captions: Sequence[str], name: str, *, context_length: int) -> np.ndarray:
         """Returns token ids int32 [n, context_length] in the vocabulary that a part was trained with."""
         part = self.part(name)
@@ -174,19 +197,20 @@ class UnCLIP:
         """Returns z_t, normalised, float32 [n, d]."""
         stage: Any = self.part("clip").stage
         tokens = self.tokenize(captions, "clip", context_length=stage.network.context_length)
-        return self._predict("clip", "z_t", {"clip_tokens": tokens})
+        return self._predictor.run("clip", "z_t", {"clip_tokens": tokens})
 
     def embed_images(self, images: Pixels) -> Vectors:
         """Returns z_i, normalised, float32 [n, d], of images of any size: their central squares, at CLIP's size."""
         stage: Any = self.part("clip").stage
         small = [resize.square(image, size=stage.network.image_size) for image in images]
-        return self._predict("clip", "z_i", {"clip_image": np.stack(small)})
+        return self._predictor.run("clip", "z_i", {"clip_image": np.stack(small)})
 
     def sample_prior(
         self,
         captions: Sequence[str],
         *,
         prior: str = "diffusion",
+        negative: str | None = None,
         seed: int = 0,
         ids: Sequence[int] | None = None,
         progress: Progress | None = None,
@@ -195,30 +219,38 @@ class UnCLIP:
 
         Args:
           captions: n captions.
-          prior: a key of PRIORS; "none" returns z_t.
+          prior: a key of PRIORS but "dropped"; "none" returns z_t.
+          negative: a caption to steer away from, in place of the empty one.
           seed, ids: name the noise; ids are 0 … n - 1 by default.
           progress: told after each batch.
 
         Raises:
-          InputError: unknown prior, or it is not there.
+          InputError: unknown prior, or it is not there; or a negative prompt for a prior that is not guided.
         """
-        if prior not in PRIORS:
+        if prior not in PRIORS or prior == "dropped":
             raise InputError(f"there is no prior {prior!r}; {nearest(prior, PRIORS)}")
         name = PRIORS[prior]
         if name is None:
             return self.embed_text(captions)
         stage: Any = self.part(name).stage
-        fields = {
-            "clip_tokens": self.tokenize(captions, "clip", context_length=stage.clip.context_length),
-            "tokens": self.tokenize(captions, name, context_length=stage.context_length),
-        }
-        return self._predict(name, "sample_z_i", fields, seed=seed, ids=ids, progress=progress)
+
+        def read(captions: Sequence[str]) -> dict[str, np.ndarray]:
+            return {
+                "clip_tokens": self.tokenize(captions, "clip", context_length=stage.clip.context_length),
+                "tokens": self.tokenize(captions, name, context_length=stage.context_length),
+            }
+
+        fields = read(captions)
+        if negative is not None:
+            fields |= {f"negative_{field}": ids for field, ids in read([negative] * len(captions)).items()}
+        return self._predictor.run(name, "sample_z_i", fields, seed=seed, ids=ids, progress=progress)
 
     def decode(
         self,
-        z_i: Vectors,
+        z_i: Vectors | None,
         captions: Sequence[str],
         *,
+        negative: str | None = None,
         seed: int = 0,
         ids: Sequence[int] | None = None,
         progress: Progress | None = None,
@@ -226,26 +258,44 @@ class UnCLIP:
         """Returns the decoder's images of embeddings and captions, uint8 [n, s, s, 3].
 
         Args:
-          z_i: normalised embeddings, float32 [n, d].
+          z_i: normalised embeddings, float32 [n, d]; None drops them.
           captions: n captions; a decoder trained without captions ignores them.
+          negative: a caption to steer away from, in place of the empty one.
           seed, ids, progress: as in `sample_prior`.
 
         Raises:
-          InputError: embeddings of another width, or not as many as captions.
+          InputError: embeddings of another width, or not as many as captions; or a negative prompt for a decoder that
+            is not guided, or reads no captions.
         """
         stage: Any = self.part("decoder").stage
-        if len(z_i) != len(captions):
-            raise InputError(f"{len(z_i)} embeddings were given for {len(captions)} captions; give one for each")
         fields: dict[str, np.ndarray] = {}
-        if stage.embed_dim:
+        if z_i is not None and len(z_i) != len(captions):
+            raise InputError(f"{len(z_i)} embeddings were given for {len(captions)} captions; give one for each")
+        if z_i is not None and stage.embed_dim:
             if z_i.shape[1] != stage.embed_dim:
                 raise InputError(f"embeddings have {z_i.shape[1]} numbers, the decoder takes {stage.embed_dim}")
             fields["z_i"] = np.asarray(z_i, np.float32)
         if stage.context_length:
             fields["tokens"] = self.tokenize(captions, "decoder", context_length=stage.context_length)
-        if not fields:  # an unconditional decoder still has to know how many images
-            return self._predict("decoder", "sample", {}, seed=seed, ids=ids or range(len(z_i)), progress=progress)
-        return self._predict("decoder", "sample", fields, seed=seed, ids=ids, progress=progress)
+        if negative is not None:
+            fields |= self._negative_fields(negative, len(captions))
+        if not fields and ids is None:  # an unconditional decoder still has to know how many images
+            ids = range(len(captions))
+        return self._predictor.run("decoder", "sample", fields, seed=seed, ids=ids, progress=progress)
+
+    def _negative_fields(self, negative: str, count: int) -> dict[str, np.ndarray]:
+        """What the decoder's null branch reads of a negative prompt: all that a caption gives it."""
+        part = self.part("decoder")
+        stage: Any = part.stage
+        if not stage.reads_captions:
+            raise InputError(f"a negative prompt is a caption, and the decoder in {part.workdir} reads none")
+        fields = {}
+        if stage.context_length:
+            tokens = self.tokenize([negative], "decoder", context_length=stage.context_length)
+            fields["negative_tokens"] = np.repeat(tokens, count, axis=0)
+        if stage.embed_dim and stage.condition == "text":
+            fields["negative_z_t"] = np.repeat(self.embed_text([negative]), count, axis=0)
+        return fields
 
     def upsample(
         self, images: Pixels, *, seed: int = 0, ids: Sequence[int] | None = None, progress: Progress | None = None
@@ -253,7 +303,7 @@ class UnCLIP:
         """Returns upsampler -> uint8 images of its size, for each upsampler that is there, in the cascade's order."""
         made = {}
         for name in self.upsamplers:
-            images = self._predict(name, "sample", {"low_res": images}, seed=seed, ids=ids, progress=progress)
+            images = self._predictor.run(name, "sample", {"low_res": images}, seed=seed, ids=ids, progress=progress)
             made[name] = images
         return made
 
@@ -264,6 +314,7 @@ class UnCLIP:
         seed: int = 0,
         ids: Sequence[int] | None = None,
         prior: str = "diffusion",
+        negative: str | None = None,
         progress: Progress | None = None,
     ) -> Generation:
         """Returns one image per caption, of every stage.
@@ -275,71 +326,21 @@ class UnCLIP:
           seed: any integer from 0 to 2^32 - 1.
           ids: n integers, uint32; 0 … n - 1 by default.
           prior: a key of PRIORS.
+          negative: a caption to steer away from, in place of the empty one; read by the parts that `steered` names.
           progress: called with (part, images done, n) after each batch.
 
         Raises:
           InputError: a part is missing, or the arguments do not fit each other.
         """
         before = {name: timing.seconds for name, timing in self.timings.items()}
-        z_i = self.sample_prior(captions, prior=prior, seed=seed, ids=ids, progress=progress)
-        images = {"decoder": self.decode(z_i, captions, seed=seed, ids=ids, progress=progress)}
+        self.check(prior=prior, negative=negative)
+        said = dict.fromkeys(self.steered(prior), negative)
+        z_i = None
+        if prior != "dropped":
+            away = said.get(PRIORS[prior] or "")
+            z_i = self.sample_prior(captions, prior=prior, negative=away, seed=seed, ids=ids, progress=progress)
+        away = said.get("decoder")
+        images = {"decoder": self.decode(z_i, captions, negative=away, seed=seed, ids=ids, progress=progress)}
         images |= self.upsample(images["decoder"], seed=seed, ids=ids, progress=progress)
         spent = {name: timing.seconds - before[name] for name, timing in self.timings.items()}
         return Generation(z_i, images, {name: seconds for name, seconds in spent.items() if seconds})
-
-    def _predict(
-        self,
-        name: str,
-        function: str,
-        fields: Mapping[str, np.ndarray],
-        *,
-        seed: int = 0,
-        ids: Sequence[int] | None = None,
-        progress: Progress | None = None,
-    ) -> np.ndarray:
-        """Runs one predict function over n examples in microbatches, the last one filled up."""
-        part, timing = self.part(name), self.timings[name]
-        count = len(next(iter(fields.values()))) if fields else len(ids or ())
-        numbers = np.asarray(range(count) if ids is None else ids, np.uint32)
-        if len(numbers) != count:
-            raise InputError(f"{len(numbers)} ids were given for {count} examples; give one for each")
-        if not count:
-            raise InputError("there is nothing to make: give at least one caption, embedding or image")
-        whole = {**fields, "id": numbers}
-        spec = part.stage.predict_specs(self.microbatch)[function]
-        rng = jax.random.fold_in(jax.random.key(seed), list(STAGES).index(name))
-        made = []
-        for start in range(0, count, self.microbatch):
-            rows = np.minimum(np.arange(start, start + self.microbatch), count - 1)
-            batch = {field: np.ascontiguousarray(whole[field][rows]) for field in whole if field in spec}
-            program = self._program(part, function, batch, rng)
-            began = time.monotonic()
-            result = np.asarray(program(batch, rng))
-            done = min(self.microbatch, count - start)
-            made.append(result[:done])
-            timing.seconds += time.monotonic() - began
-            timing.images += done
-            if progress:
-                progress(name, start + done, count)
-        return np.concatenate(made)
-
-    def _program(
-        self, part: Part, function: str, batch: Mapping[str, np.ndarray], rng: jax.Array
-    ) -> Callable[[Mapping[str, np.ndarray], jax.Array], jax.Array]:
-        """Returns the compiled predict function as fn(batch, rng); compiled once for each shape of batch."""
-        placed = sharding.batch_sharding(self._mesh)
-        same = sharding.replicated(self._mesh)
-        frozen = {"clip": self.parts["clip"].params} if "clip" in self.parts and part.name != "clip" else {}
-        frozen["statistics"] = part.statistics
-        key = (part.name, function, tuple((field, x.shape) for field, x in batch.items()))
-        if key not in self._programs:
-            began = time.monotonic()
-            fn = jax.jit(part.stage.predict_fns()[function])
-            abstract = {f: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for f, x in batch.items()}
-            rng_like = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=same)
-            self._programs[key] = fn.lower(part.params, frozen, abstract, rng_like).compile()
-            self.timings[part.name].compile_seconds += time.monotonic() - began
-        program = self._programs[key]
-        return lambda batch, rng: program(
-            part.params, frozen, sharding.put_batch(batch, placed), jax.device_put(rng, same)
-        )

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from unclip_jax.errors import InputError
+
 Denoiser = Callable[[Any, Any], Any]
 ConditionalDenoiser = Callable[[Any, Any, Any], Any]
 
@@ -46,6 +48,18 @@ def classifier_free(
         return jnp.concatenate([steered[..., :guided_channels], toward[..., guided_channels:]], axis=-1)
 
     return guided
+
+
+def check_negative(scale: int | float) -> None:
+    """Raises where there is no null branch that could read a negative prompt.
+
+    Raises:
+      InputError: the scale is 1.
+    """
+    if scale == 1:
+        raise InputError(
+            "a negative prompt is what guidance steers away from, and guidance_scale 1 steers nowhere; set another"
+        )
 
 
 def _interleave(first: Array, second: Array) -> Array:

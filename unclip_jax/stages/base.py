@@ -52,7 +52,7 @@ class Stage(Protocol):
         """Shapes and dtypes of one global batch."""
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """What each of `predict_fns` reads of a batch."""
+        """What each of `predict_fns` reads of a batch; what more it may read, its stage says."""
 
     def init(self, rng: Key[Array, ""]) -> Params:
         """Weights, boxed with logical axis names."""
@@ -160,6 +160,16 @@ def embed_tokens(clip: CLIP, params: Params, tokens: Tokens) -> Embeddings:
     """Returns z_t: normalised CLIP text embeddings, without gradient."""
     z_t: Any = clip.apply(params, tokens, method="encode_text")
     return jax.lax.stop_gradient(normalize(z_t))
+
+
+def negative(clip: CLIP, params: Params, batch: Batch) -> tuple[Tokens, Embeddings] | None:
+    """Returns what a prior's null branch reads of a negative prompt, its tokens and its z_t; None where there is none.
+
+    They come in the optional fields `negative_tokens`, for the prior, and `negative_clip_tokens`, for CLIP.
+    """
+    if "negative_tokens" not in batch:
+        return None
+    return batch["negative_tokens"], embed_tokens(clip, params, batch["negative_clip_tokens"])
 
 
 def example_keys(rng: Key[Array, ""], batch: Batch) -> ExampleKeys:

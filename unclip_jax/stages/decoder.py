@@ -1,7 +1,8 @@
 """Stage "decoder": the diffusion model that turns a CLIP image embedding into an image (section 2.1).
 
 The paper's ablations are configs of this stage: without captions (no `model.text`), without CLIP embeddings
-(`model.embed_dim` 0, which is GLIDE), or on text embeddings in place of image embeddings at sampling.
+(`model.embed_dim` 0, which is GLIDE), or on text embeddings in place of image embeddings, in training (`condition`) or
+only when sampled.
 """
 
 from collections.abc import Iterable
@@ -9,40 +10,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from unclip_jax.arrays import from_uint8, to_uint8
+from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens, from_uint8, to_uint8
 from unclip_jax.diffusion import samplers
-from unclip_jax.diffusion.guidance import classifier_free
+from unclip_jax.diffusion.guidance import check_negative, classifier_free
+from unclip_jax.errors import InputError
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.stages import base, denoising
 
 
 class DecoderStage:
-    """Trains p(x | z_i, caption); predicts images from `z_i` and captions."""
+    """Trains p(x | z_i, caption); predicts images from `z_i` and captions.
+
+    `config.condition` "text" is the text-embedding decoder of section 5.1: it is trained on z_t, and sampled with z_t
+    in the field `z_i`. Two fields of "sample" are optional: without `z_i` the embedding is dropped, as in training;
+    `negative_tokens`, and `negative_z_t` if it reads text embeddings, are what guidance steers away from.
+    """
 
     splits_batch = True
 
     def __init__(self, config: ConfigDict):
         self.network = base.network(Decoder, config.model, base.compute_dtype(config), where="config.model")
-        self.clip = base.clip_network(config)
         self.diffusion = denoising.process(config.diffusion)
         self.sampling = config.sampling
         self.sampler = denoising.sampler(self.diffusion, config.sampling)
         self.drop = config.drop
         self.side = config.model.unet.image_size
+        self.embed_dim = config.model.embed_dim
+        self.condition = config.get("condition", "image")
+        if self.condition not in ("image", "text"):
+            raise InputError(
+                f"config.condition={self.condition!r}, but a decoder is conditioned on CLIP's embedding of the 'image' "
+                "or of the 'text'; on neither with config.model.embed_dim=0"
+            )
         text = config.model.get("text")
         self.context_length = text.context_length if text else 0
         self.vocab_size = text.vocab_size if text else 0
-        self.embed_dim = config.model.embed_dim
+        if self.embed_dim:
+            self.clip = base.clip_network(config)
+            if self.condition == "text":
+                self.vocab_size = self._shared_vocabulary()
+
+    def _shared_vocabulary(self) -> int:
+        """Captions reach CLIP and the text encoder by one tokenizer."""
+        sizes = {self.clip.vocab_size, self.vocab_size} - {0}
+        if len(sizes) > 1:
+            raise InputError(
+                f"config.clip.vocab_size={self.clip.vocab_size}, config.model.text.vocab_size={self.vocab_size}: a "
+                "decoder that reads text embeddings needs one vocabulary for both"
+            )
+        return sizes.pop()
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether what it draws depends on a caption other than through an image embedding."""
+        return bool(self.context_length) or (bool(self.embed_dim) and self.condition == "text")
 
     def _conditions(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"tokens": base.token_ids(batch_size, self.context_length)} if self.context_length else {}
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         spec = {"image": base.pixels(batch_size, self.side), **self._conditions(batch_size), "id": base.ids(batch_size)}
-        if self.embed_dim:
+        if self.embed_dim and self.condition == "image":
             spec["clip_image"] = base.pixels(batch_size, self.clip.image_size)
+        elif self.embed_dim:
+            spec["clip_tokens"] = base.token_ids(batch_size, self.clip.context_length)
         return spec
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -65,11 +99,19 @@ class DecoderStage:
     def fit_statistics(self, frozen: Any, batches: Iterable[base.Batch]) -> dict[str, Any]:
         return {}
 
+    def _embed(self, frozen: Any, batch: base.Batch) -> Embeddings | None:
+        """The CLIP embedding that is there of an example: the decoder's condition in training."""
+        if not self.embed_dim:
+            return None
+        if self.condition == "text":
+            return base.embed_tokens(self.clip, frozen["clip"], batch["clip_tokens"])
+        return base.embed_images(self.clip, frozen["clip"], batch["clip_image"])
+
     def loss(self, params, frozen, batch, rng, *, train):
         drop_rng, noise_rng, dropout_rng = jax.random.split(rng, 3)
         x_start = from_uint8(batch["image"])
         n = x_start.shape[0]
-        z_i = base.embed_images(self.clip, frozen["clip"], batch["clip_image"]) if self.embed_dim else None
+        z_i = self._embed(frozen, batch)
         # Independent drops: 10% of the embeddings, 50% of the captions (section 2.1).
         text_rng, clip_rng = jax.random.split(drop_rng)
         drop_text, drop_clip = base.drop(text_rng, self.drop.text, n), base.drop(clip_rng, self.drop.clip, n)
@@ -89,14 +131,41 @@ class DecoderStage:
 
         return denoising.loss(self.diffusion, denoise, x_start, noise_rng)
 
-    def sample(self, params, z_i, tokens, keys, *, x_T=None):
-        """Returns float images in [-1, 1], [b, s, s, 3], from embeddings and captions (either may be None)."""
-        n = keys.shape[0]
+    def sample(
+        self,
+        params: base.Params,
+        z_i: Embeddings | None,
+        tokens: Tokens | None,
+        keys: ExampleKeys,
+        *,
+        negative_tokens: Tokens | None = None,
+        negative_z_t: Embeddings | None = None,
+        x_T: Float[Array, "b s s 3"] | None = None,
+    ) -> Float[Array, "b s s 3"]:
+        """Returns float images in [-1, 1] from embeddings and captions; of these, None is one that is dropped.
 
-        def condition(dropped: bool):
-            flags = jnp.full((n,), dropped)
-            drop_text, drop_clip = (None if part is None else flags for part in (tokens, z_i))
-            return self.network.apply(params, tokens, z_i, drop_text, drop_clip, method="condition")
+        Args:
+          params: weights.
+          z_i: CLIP embeddings, of images, or of texts where `condition` says so.
+          tokens: captions.
+          keys: one per example.
+          negative_tokens: captions to steer away from, in place of the empty one.
+          negative_z_t: their embeddings, in place of the null one; for a decoder that reads text embeddings. Of an
+            image there is none: what the negative caption would look like is for a prior to say.
+          x_T: initial noise, by default that of the keys.
+
+        Raises:
+          InputError: a negative prompt, but guidance_scale 1.
+        """
+        n = keys.shape[0]
+        if negative_tokens is not None or negative_z_t is not None:
+            check_negative(self.sampling.guidance_scale)
+
+        def condition(words, z):
+            nothing = jnp.zeros((n, self.context_length), jnp.int32), jnp.zeros((n, self.embed_dim))
+            dropped = (jnp.full((n,), part is None) for part in (words, z))
+            kept = (blank if part is None else part for part, blank in zip((words, z), nothing, strict=True))
+            return self.network.apply(params, *kept, *dropped, method="condition")
 
         def denoise(x_t, t, conditioning):
             return self.network.apply(params, x_t, t, conditioning, method="denoise")
@@ -104,7 +173,11 @@ class DecoderStage:
         shape = (self.side, self.side, 3)
         return self.sampler(
             classifier_free(
-                denoise, condition(False), condition(True), scale=self.sampling.guidance_scale, guided_channels=3
+                denoise,
+                condition(tokens, z_i),
+                condition(negative_tokens, negative_z_t),
+                scale=self.sampling.guidance_scale,
+                guided_channels=3,
             ),
             samplers.initial_noise(keys, shape) if x_T is None else x_T,
             keys,
@@ -115,11 +188,18 @@ class DecoderStage:
             return self.loss(params, frozen, batch, rng, train=False)
 
         def sample(params, frozen, batch, rng):
-            images = self.sample(params, batch.get("z_i"), batch.get("tokens"), base.example_keys(rng, batch))
+            images = self.sample(
+                params,
+                batch.get("z_i"),
+                batch.get("tokens"),
+                base.example_keys(rng, batch),
+                negative_tokens=batch.get("negative_tokens"),
+                negative_z_t=batch.get("negative_z_t"),
+            )
             return to_uint8(images)
 
         def reconstruct(params, frozen, batch, rng):
-            z_i = base.embed_images(self.clip, frozen["clip"], batch["clip_image"]) if self.embed_dim else None
+            z_i = self._embed(frozen, batch)
             return to_uint8(self.sample(params, z_i, batch.get("tokens"), base.example_keys(rng, batch)))
 
         return {"loss": loss, "sample": sample, "reconstruct": reconstruct}

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens
+from unclip_jax.diffusion.guidance import check_negative
 from unclip_jax.models import quantizer
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.stages import base, denoising
@@ -104,29 +105,45 @@ class ARPriorStage:
         }
 
     def sample(
-        self, params: base.Params, statistics: Any, tokens: Tokens, z_t: Embeddings, keys: ExampleKeys
+        self,
+        params: base.Params,
+        statistics: Any,
+        tokens: Tokens,
+        z_t: Embeddings,
+        keys: ExampleKeys,
+        *,
+        negative: tuple[Tokens, Embeddings] | None = None,
     ) -> Embeddings:
-        """Returns one normalised z_i per caption: of `sampling.candidates` draws, the one nearest to z_t."""
+        """Returns one normalised z_i per caption: of `sampling.candidates` draws, the one nearest to z_t.
+
+        `negative` is the tokens and z_t of captions to steer away from, in place of the dropped condition.
+
+        Raises:
+          InputError: a negative caption, but guidance_scale 1.
+        """
         n = z_t.shape[0]
+        if negative is not None:
+            check_negative(self.sampling.guidance_scale)
 
         def draw(candidate):
             candidate_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, candidate)
-            codes = self._sample_codes(params, statistics, tokens, z_t, candidate_keys)
+            codes = self._sample_codes(params, statistics, tokens, z_t, candidate_keys, negative)
             return base.normalize(quantizer.decode(statistics, codes))
 
         drawn = jax.lax.map(draw, jnp.arange(self.sampling.candidates))
         best = jnp.argmax(jnp.einsum("cbd,bd->cb", drawn, z_t), 0)
         return drawn[best, jnp.arange(n)]
 
-    def _sample_codes(self, params, statistics, tokens, z_t, keys) -> Int[Array, "b k"]:
+    def _sample_codes(self, params, statistics, tokens, z_t, keys, negative) -> Int[Array, "b k"]:
         """Draws the dot-product token, then one code after another; guidance runs both branches as one batch."""
         n, scale = z_t.shape[0], self.sampling.guidance_scale
         guided = scale != 1
         dot = jax.vmap(lambda key: quantizer.sample_dot(key, statistics, top=self.dot_top))(keys)
-        dropped = jnp.arange(2 * n) >= n if guided else jnp.zeros((n,), bool)
+        away_tokens, away_z_t = (tokens, z_t) if negative is None else negative
+        dropped, away_dropped = jnp.zeros((n,), bool), jnp.full((n,), negative is None)
 
-        def both(x):
-            return jnp.concatenate([x, x]) if guided else x
+        def both(x, away):
+            return jnp.concatenate([x, away]) if guided else x
 
         def draw(logits, position):
             if guided:
@@ -138,11 +155,12 @@ class ARPriorStage:
 
         def step(carry, position):
             code, state = carry
-            logits, state = self.network.apply(params, state, both(code), position, method="step")
+            logits, state = self.network.apply(params, state, both(code, code), position, method="step")
             code = draw(logits, position + 1)
             return (code, state), code
 
-        logits, state = self.network.apply(params, both(dot), both(tokens), both(z_t), dropped, method="prefix")
+        captions = both(tokens, away_tokens), both(z_t, away_z_t), both(dropped, away_dropped)
+        logits, state = self.network.apply(params, both(dot, dot), *captions, method="prefix")
         first = draw(logits, 0)
         _, rest = jax.lax.scan(step, (first, state), jnp.arange(self.network.components - 1))
         return jnp.concatenate([first[:, None], rest.T], 1)
@@ -154,7 +172,8 @@ class ARPriorStage:
         def sample_z_i(params, frozen, batch, rng):
             z_t = base.embed_tokens(self.clip, frozen["clip"], batch["clip_tokens"])
             keys = base.example_keys(rng, batch)
-            return self.sample(params, frozen["statistics"], batch["tokens"], z_t, keys)
+            negative = base.negative(self.clip, frozen["clip"], batch)
+            return self.sample(params, frozen["statistics"], batch["tokens"], z_t, keys, negative=negative)
 
         def z_i(params, frozen, batch, rng):
             return base.embed_images(self.clip, frozen["clip"], batch["clip_image"])

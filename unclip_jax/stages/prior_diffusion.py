@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens
 from unclip_jax.diffusion import samplers
-from unclip_jax.diffusion.guidance import classifier_free
+from unclip_jax.diffusion.guidance import check_negative, classifier_free
 from unclip_jax.models.prior import DiffusionPrior
 from unclip_jax.stages import base, denoising
 
@@ -71,19 +71,36 @@ class DiffusionPriorStage:
 
         return denoising.loss(self.diffusion, denoise, self.scale * z_i, noise_rng)
 
-    def sample(self, params: base.Params, tokens: Tokens, z_t: Embeddings, keys: ExampleKeys) -> Embeddings:
-        """Returns one normalised z_i per caption: of `sampling.candidates` draws, the one nearest to z_t (2.2)."""
+    def sample(
+        self,
+        params: base.Params,
+        tokens: Tokens,
+        z_t: Embeddings,
+        keys: ExampleKeys,
+        *,
+        negative: tuple[Tokens, Embeddings] | None = None,
+    ) -> Embeddings:
+        """Returns one normalised z_i per caption: of `sampling.candidates` draws, the one nearest to z_t (2.2).
+
+        `negative` is the tokens and z_t of captions to steer away from, in place of the dropped condition.
+
+        Raises:
+          InputError: a negative caption, but guidance_scale 1.
+        """
         n, d = z_t.shape
         candidates = self.sampling.candidates
+        if negative is not None:
+            check_negative(self.sampling.guidance_scale)
 
-        def prefix(dropped: bool):
+        def prefix(tokens: Tokens, z_t: Embeddings, *, dropped: bool = False):
             flags = jnp.full((n,), dropped)
             return self.network.apply(params, tokens, self.scale * z_t, flags, method="prefix")
 
         def denoise(x_t, t, condition):
             return self.network.apply(params, condition, x_t, t, method="denoise")
 
-        denoiser = classifier_free(denoise, prefix(False), prefix(True), scale=self.sampling.guidance_scale)
+        null = prefix(tokens, z_t, dropped=True) if negative is None else prefix(*negative)
+        denoiser = classifier_free(denoise, prefix(tokens, z_t), null, scale=self.sampling.guidance_scale)
 
         def draw(candidate):
             candidate_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, candidate)
@@ -99,7 +116,8 @@ class DiffusionPriorStage:
 
         def sample_z_i(params, frozen, batch, rng):
             z_t = base.embed_tokens(self.clip, frozen["clip"], batch["clip_tokens"])
-            return self.sample(params, batch["tokens"], z_t, base.example_keys(rng, batch))
+            negative = base.negative(self.clip, frozen["clip"], batch)
+            return self.sample(params, batch["tokens"], z_t, base.example_keys(rng, batch), negative=negative)
 
         def z_i(params, frozen, batch, rng):
             return base.embed_images(self.clip, frozen["clip"], batch["clip_image"])

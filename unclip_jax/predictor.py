@@ -1,0 +1,96 @@
+"""Calls parts' predict functions on any number of examples: in batches of one size, compiled once, and timed."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from unclip_jax import sharding
+from unclip_jax.errors import InputError
+from unclip_jax.parts import STAGES, Part
+
+# Called after each batch with (part, examples done, examples in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass
+class Timing:
+    """What one part has taken so far: compilation apart, then seconds of work for that many images."""
+
+    compile_seconds: float = 0.0
+    seconds: float = 0.0
+    images: int = 0
+
+
+class Predictor:
+    """The predict functions of some parts, on all devices of this host."""
+
+    def __init__(self, parts: Mapping[str, Part], *, microbatch: int):
+        """Takes parts by name, and the examples per call, which are rounded up so that devices have equal shares."""
+        self._parts = parts
+        self.timings = {name: Timing() for name in parts}
+        self._mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+        replicas = math.prod(self._mesh.shape.values())
+        self.microbatch = math.ceil(microbatch / replicas) * replicas
+        self._programs: dict[tuple[str, str, Any], Any] = {}
+
+    def run(
+        self,
+        name: str,
+        function: str,
+        fields: Mapping[str, np.ndarray],
+        *,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Runs one predict function over n examples in microbatches, the last one filled up."""
+        part, timing = self._parts[name], self.timings[name]
+        count = len(next(iter(fields.values()))) if fields else len(ids or ())
+        numbers = np.asarray(range(count) if ids is None else ids, np.uint32)
+        if len(numbers) != count:
+            raise InputError(f"{len(numbers)} ids were given for {count} examples; give one for each")
+        if not count:
+            raise InputError("there is nothing to make: give at least one caption, embedding or image")
+        numbered = "id" in part.stage.predict_specs(self.microbatch)[function]
+        whole = {**fields, "id": numbers} if numbered else fields
+        rng = jax.random.fold_in(jax.random.key(seed), list(STAGES).index(name))
+        made = []
+        for start in range(0, count, self.microbatch):
+            rows = np.minimum(np.arange(start, start + self.microbatch), count - 1)
+            batch = {field: np.ascontiguousarray(values[rows]) for field, values in whole.items()}
+            program = self._program(part, function, batch, rng)
+            began = time.monotonic()
+            result = np.asarray(program(batch, rng))
+            done = min(self.microbatch, count - start)
+            made.append(result[:done])
+            timing.seconds += time.monotonic() - began
+            timing.images += done
+            if progress:
+                progress(name, start + done, count)
+        return np.concatenate(made)
+
+    def _program(
+        self, part: Part, function: str, batch: Mapping[str, np.ndarray], rng: jax.Array
+    ) -> Callable[[Mapping[str, np.ndarray], jax.Array], jax.Array]:
+        """Returns the compiled predict function as fn(batch, rng); compiled once for each shape of batch."""
+        placed = sharding.batch_sharding(self._mesh)
+        same = sharding.replicated(self._mesh)
+        frozen = {"clip": self._parts["clip"].params} if "clip" in self._parts and part.name != "clip" else {}
+        frozen["statistics"] = part.statistics
+        key = (part.name, function, tuple((field, x.shape) for field, x in batch.items()))
+        if key not in self._programs:
+            began = time.monotonic()
+            fn = jax.jit(part.stage.predict_fns()[function])
+            abstract = {f: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for f, x in batch.items()}
+            rng_like = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=same)
+            self._programs[key] = fn.lower(part.params, frozen, abstract, rng_like).compile()
+            self.timings[part.name].compile_seconds += time.monotonic() - began
+        program = self._programs[key]
+        return lambda batch, rng: program(
+            part.params, frozen, sharding.put_batch(batch, placed), jax.device_put(rng, same)
+        )
