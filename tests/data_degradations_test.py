@@ -119,12 +119,20 @@ def test_enlarging_is_smooth(method):
 
 
 @pytest.mark.parametrize("method", sorted(resize.FILTERS))
-@pytest.mark.parametrize("shape", [(5, 6, 3), (10, 10, 3), (15, 17, 3), (13, 9, 3), (4, 3, 3)])
-def test_a_crop_is_a_window_of_the_resized_image_and_any_of_them(method, shape):
+@pytest.mark.parametrize(("shape", "window"), [((5, 6, 3), 3), ((10, 10, 3), 6), ((15, 17, 3), 9), ((13, 8, 3), 5)])
+def test_a_crop_is_a_window_of_the_square_resized_and_any_of_them(method, shape, window):
     image = np.random.default_rng(5).integers(0, 256, shape, np.uint8)
-    whole = resize.square(image, size=5, method=method)
-    windows = {whole[top : top + 3, left : left + 3].tobytes() for top in range(3) for left in range(3)}
+    side = min(shape[:2])
+    corner = (shape[0] - side) // 2, (shape[1] - side) // 2
+    places = range(side - window + 1)
+    windows = {
+        resize.square(image[top : top + window, left : left + window], size=3, method=method).tobytes()
+        for top in (corner[0] + place for place in places)
+        for left in (corner[1] + place for place in places)
+    }
     rng = np.random.default_rng(0)
-    drawn = [resize.random_crop(image, full_size=5, size=3, method=method, rng=rng) for _ in range(200)]
-    assert {crop.tobytes() for crop in drawn} == windows and len(windows) == 9
-    np.testing.assert_array_equal(resize.random_crop(image, full_size=5, size=5, method=method, rng=rng), whole)
+    # 0.6 of the side, to the nearest pixel.
+    drawn = [resize.random_crop(image, fraction=0.6, size=3, method=method, rng=rng) for _ in range(600)]
+    assert {crop.tobytes() for crop in drawn} == windows and len(windows) == len(places) ** 2
+    whole = resize.random_crop(image, fraction=1.0, size=5, method=method, rng=rng)
+    np.testing.assert_array_equal(whole, resize.square(image, size=5, method=method))

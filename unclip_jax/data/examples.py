@@ -39,8 +39,8 @@ class Preparation:
       shapes: field -> shape of one example, without the batch dimension.
       seed: seed of crops, flips and degradations.
       resize: filter for shrinking ("area" or "bicubic").
-      crop: `image` is a random window out of an image of size / crop pixels a side; 1 is the whole image. The paper's
-        upsamplers train at 0.25 (Table 3).
+      crop: `image` is a random window of this fraction of the side of the centred square, resized; 1 is the whole. The
+        paper's upsamplers train at 0.25 (Table 3).
       flip: probability of mirroring left and right, for data without "left of" in its captions.
       degradation: how `low_res` is made of `image`, a key of `degradations.DEGRADATIONS`.
       label: feature of the records that `label` is read from, a class or several; "" where the batch has no labels.
@@ -81,11 +81,6 @@ class Preparation:
     def size(self, field: str) -> int:
         """Pixels a side of an image field; 0 if the batch lacks it."""
         return self.shapes[field][0] if field in self.shapes else 0
-
-    @property
-    def full_size(self) -> int:
-        """Pixels a side of the image that `image` is cropped from."""
-        return round(self.size("image") / self.crop)
 
     @property
     def draws(self) -> bool:
@@ -180,17 +175,14 @@ class Examples:
         decoded = images.decode(record["image"])
         made = {}
         if "image" in todo.shapes:
-            made["image"] = self._before_cropping(decoded)
+            # Of what is cropped only the window will be resized.
+            whole = todo.crop == 1.0
+            made["image"] = resize.square(decoded, size=todo.size("image"), method=todo.resize) if whole else decoded
         if "clip_image" in todo.shapes:
             made["clip_image"] = resize.square(decoded, size=todo.size("clip_image"), method=todo.resize)
         if "low_res" in todo.shapes and not todo.draws:
             made["low_res"] = self._low_res(made["image"], np.random.default_rng(0))
         return made
-
-    def _before_cropping(self, decoded: np.ndarray) -> np.ndarray:
-        # What is cropped is resized later, and then no more of it than the window where that can be.
-        todo = self.preparation
-        return resize.square(decoded, size=todo.full_size, method=todo.resize) if todo.crop == 1.0 else decoded
 
     def _low_res(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         todo = self.preparation
@@ -205,7 +197,7 @@ class Examples:
             rng = np.random.default_rng((todo.seed, epoch, index))
             if todo.crop < 1.0 and "image" in made:
                 made["image"] = resize.random_crop(
-                    made["image"], full_size=todo.full_size, size=todo.size("image"), method=todo.resize, rng=rng
+                    made["image"], fraction=todo.crop, size=todo.size("image"), method=todo.resize, rng=rng
                 )
             if todo.flip > 0.0 and rng.random() < todo.flip:
                 made = {name: pixels[:, ::-1] for name, pixels in made.items()}
@@ -244,34 +236,39 @@ class CachedExamples(Examples):
                 if base is not None:
                     captions[index] = base.pop("caption")
                     for name, pixels in base.items():
-                        self._kept[name][index] = pixels
+                        self._kept[name][index] = np.ascontiguousarray(resize.centre(pixels))
         for name in TOKEN_FIELDS:
             if name in preparation.shapes and tokenizer is not None:
                 self._kept[name] = tokenizer.encode(captions, preparation.shapes[name][0])
-        size = sum(values.nbytes for values in self._kept.values())
-        _LOG.info("%d examples are kept in memory: %.1f MB", len(source), size / 1e6)
 
     def _allocate(self) -> Fields:
-        todo = self.preparation
+        todo, count = self.preparation, len(self.source)
         sizes = {name: todo.size(name) for name in ("image", "clip_image") if name in todo.shapes}
-        if "image" in sizes:
-            sizes["image"] = todo.full_size
         if "low_res" in todo.shapes and not todo.draws:
             sizes["low_res"] = todo.size("low_res")
-        needed = len(self.source) * sum(3 * side * side for side in sizes.values())
+        # What is cropped is kept as it was decoded, in arrays of its own.
+        ragged = todo.crop < 1.0 and sizes.pop("image", 0) > 0
+        needed = count * sum(3 * side * side for side in sizes.values())
+        needed += sum(map(self._decoded_bytes, range(count))) if ragged else 0
         if needed > _MAX_CACHE_BYTES:
             raise InputError(
-                f"to keep {len(self.source)} examples in memory takes {needed / 2**30:.1f} GiB of at most "
+                f"to keep {count} examples in memory takes {needed / 2**30:.1f} GiB of at most "
                 f"{_MAX_CACHE_BYTES >> 30}: use cache='none' with workers"
             )
-        return {name: np.zeros((len(self.source), side, side, 3), np.uint8) for name, side in sizes.items()}
+        _LOG.info("%d examples are kept in memory: %.1f MB", count, needed / 1e6)
+        kept = {name: np.zeros((count, side, side, 3), np.uint8) for name, side in sizes.items()}
+        return {**kept, "image": np.empty(count, object)} if ragged else kept
+
+    def _decoded_bytes(self, index: int) -> int:
+        """Size of an image's centred square, as its header says; 0 where there is none to be read."""
+        try:
+            return 3 * min(images.read_header(self.source[index]["image"])[1:]) ** 2
+        except InputError:
+            return 0
 
     def _load_one(self, index: int) -> tuple[dict[str, Any] | None, list[Bad]]:
         bad: list[Bad] = []
         return super()._load(index, bad), bad
-
-    def _before_cropping(self, decoded: np.ndarray) -> np.ndarray:
-        return resize.square(decoded, size=self.preparation.full_size, method=self.preparation.resize)
 
     def _load(self, index: int, bad: list[Bad]) -> dict[str, Any] | None:
         if index in self._bad:

@@ -35,7 +35,7 @@ def square(image: UInt8[np.ndarray, "h w 3"], *, size: int, method: str = "area"
       size: pixels a side of the result.
       method: filter for shrinking, one of `FILTERS`; enlarging is always bicubic.
     """
-    region = _centre(image)
+    region = centre(image)
     side = region.shape[0]
     if side == size:
         return np.ascontiguousarray(region)
@@ -47,23 +47,20 @@ def square(image: UInt8[np.ndarray, "h w 3"], *, size: int, method: str = "area"
 
 
 def random_crop(
-    image: UInt8[np.ndarray, "h w 3"], *, full_size: int, size: int, method: str, rng: np.random.Generator
+    image: UInt8[np.ndarray, "h w 3"], *, fraction: float, size: int, method: str, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns a window of `size` pixels a side out of what `square` gives at `full_size`, all places equally likely.
+    """Returns a window of the largest centred square, resized to `size`; all places are equally likely.
 
-    Where whole pixels of the image make one of the square, no more than the window is computed.
+    Only the window is resized: its side is `fraction` of the square's, to the nearest pixel.
     """
-    top, left = rng.integers(full_size - size + 1, size=2).tolist()
-    region = _centre(image)
-    step = region.shape[0] // full_size
-    if region.shape[0] == full_size or (method == "area" and region.shape[0] == step * full_size):
-        rows, columns = (slice(step * at, step * (at + size)) for at in (top, left))
-        return square(region[rows, columns], size=size, method=method)
-    return square(region, size=full_size, method=method)[top : top + size, left : left + size]
+    region = centre(image)
+    side = max(1, round(fraction * region.shape[0]))
+    top, left = rng.integers(region.shape[0] - side + 1, size=2).tolist()
+    return square(region[top : top + side, left : left + side], size=size, method=method)
 
 
-def _centre(image: np.ndarray) -> np.ndarray:
-    """The largest centred square, as a view."""
+def centre(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+    """Returns the largest centred square, as a view."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
