@@ -1,15 +1,18 @@
-"""Labels: how a record's classes become the one of an example, and what labelled data sets may look like."""
+"""Labels: how a record's classes become the one of an example, and how labelled data sets come about."""
 
 import io
+import json
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from captioned_tars import picture, write_tar
 from PIL import Image
 
-from unclip_jax.data import captioned_shapes, datasets, examples, order, pipeline
+from unclip_jax import prepare
+from unclip_jax.data import captioned_shapes, datasets, examples, image_text, order, pipeline
 from unclip_jax.data.scenes import SHAPES, scene_at
 from unclip_jax.errors import InputError
 
@@ -104,3 +107,64 @@ def test_what_is_no_label_is_named(folder, data_dir):
         datasets.open_source(directory, "train", required=("image", "label"))
     with pytest.raises(InputError, match="no feature of the records was named"):
         read([{"image": b"", "label": 1}])
+
+
+# A user's own pictures.
+
+
+def labels_of(directory, split="train"):
+    source = datasets.open_source(directory, split)
+    return [(record["caption"].decode(), int(record["label"])) for record in source]
+
+
+def test_prepare_keeps_labels_of_a_caption_file(tmp_path):
+    folder, out = tmp_path / "in", str(tmp_path / "out")
+    folder.mkdir()
+    labels = ["dog", "cat", 2, "1", None, "hot_dog", "bird", 3, True, "-1"]
+    with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
+        for number, label in enumerate(labels):
+            (folder / f"{number}.png").write_bytes(picture((number, 0, 0)))
+            entry = {"file_name": f"{number}.png", "caption": f"number {number}"}
+            file.write(json.dumps(entry | ({} if label is None else {"label": label})) + "\n")
+    (tmp_path / "names.txt").write_text("cat\n dog \n\nhot_dog\n")
+    settings = image_text.Settings(classes=prepare.read_classes(str(tmp_path / "names.txt")))
+    prepare.prepare(str(folder), out, settings, entries_per_shard=4, max_bad_percent=50)
+    assert datasets.class_names(out, "label") == NAMES
+    kept = {0: 1, 1: 0, 2: 2, 3: 1, 4: -1, 5: 2, 8: -1}
+    assert labels_of(out) == [(f"number {number}", label) for number, label in kept.items()]
+    bad = [json.loads(line) for line in (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()]
+    assert [entry["key"] for entry in bad] == ["6.png", "7.png", "9.png"]
+    assert "its label 'bird' is none of the 3 classes" in bad[0]["reason"]
+    # The same command again; and another job, which keeps no labels.
+    assert "already holds" in prepare.prepare(str(folder), out, settings, entries_per_shard=4)
+    with pytest.raises(InputError, match="begun with another classes"):
+        prepare.prepare(str(folder), out, image_text.Settings(), entries_per_shard=4)
+    prepare.prepare(str(folder), str(tmp_path / "plain"), image_text.Settings())
+    assert len(datasets.open_source(str(tmp_path / "plain"), "train")) == len(labels)
+    with pytest.raises(InputError, match="no feature of class labels"):
+        datasets.class_names(str(tmp_path / "plain"), "label")
+
+
+def test_prepare_keeps_labels_of_archives(tmp_path):
+    members = [
+        ("0.png", picture()), ("0.json", b'{"caption": "zero", "label": "dog"}'),
+        ("1.png", picture()), ("1.txt", b"one"), ("1.json", b'{"label": 2}'),
+        ("2.png", picture()), ("2.txt", b"two"), ("2.json", b"{damaged"),
+        ("3.png", picture()), ("3.txt", b"three"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    out = str(tmp_path / "out")
+    prepare.prepare(str(tmp_path / "a.tar"), out, image_text.Settings(classes=NAMES))
+    assert labels_of(out) == [("zero", 1), ("one", 2), ("two", -1), ("three", -1)]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"\n\n", "has no names"),
+    (b"cat\ndog\ncat\n", "has 'cat' twice"),
+])
+def test_a_list_of_classes_that_is_none_is_refused(tmp_path, content, message):
+    path = tmp_path / "names.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prepare.read_classes(str(path))

@@ -5,9 +5,10 @@
     python -m unclip_jax.prepare --source=emoji --out=data
 
 `--source` is a folder or glob of tar shards (img2dataset, webdataset), or a folder with `captions.jsonl` or
-`captions.csv`, or `captioned_shapes` or `emoji`. The result is a TFDS data set in `--out`. Interrupted in any way,
-the same command goes on where it was, and the result does not depend on interruptions or on the number of workers.
-Examples that cannot be used are left out and named in `bad_records.jsonl`.
+`captions.csv`, or `captioned_shapes` or `emoji`. Entries (or a shard's `.json`) may have a `label`, which `--classes`
+keeps. The result is a TFDS data set in `--out`. Interrupted in any way, the same command goes on where it was, and the
+result does not depend on interruptions or on the number of workers. Examples that cannot be used are left out and named in
+`bad_records.jsonl`.
 """
 
 import collections
@@ -50,6 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_float("validation_percent", 0.0, "Share of examples for a validation split.", 0.0, 99.0)
     flags.DEFINE_integer("entries_per_shard", 1000, "Examples per shard, for a folder.", lower_bound=1)
     flags.DEFINE_integer("max_pixels", images.MAX_PIXELS, "Largest picture decoded, width x height.", lower_bound=1)
+    flags.DEFINE_string("classes", "", "File of class names, one a line, to keep the field `label` of examples.")
     flags.DEFINE_string("variant", "", "Variant of a built-in data set.")
 
 
@@ -66,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
             datasets.prepare(options.source, data_dir=options.out, variant=options.variant or BUILT_IN[options.source])
         )
         return programs.DONE
-    settings = Settings(options.size, options.validation_percent, options.max_pixels)
+    settings = Settings(
+        options.size, options.validation_percent, options.max_pixels, read_classes(options.classes)
+    )
     try:
         with _stopped_by_sigterm():
             print(
@@ -83,6 +87,25 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted; finished shards are kept, the same command goes on from here", file=sys.stderr)
         return programs.REQUEUE
     return programs.DONE
+
+
+def read_classes(path: str) -> tuple[str, ...]:
+    """Returns the names that a file lists, one a line; () for no file.
+
+    Raises:
+      InputError: it cannot be read, or has no name or one twice.
+    """
+    if not path:
+        return ()
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            names = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--classes={path!r} cannot be read: {error}") from error
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice or not names:
+        raise InputError(f"--classes={path!r} has {f'{twice[0]!r} twice' if twice else 'no names'}")
+    return tuple(names)
 
 
 @contextlib.contextmanager
@@ -138,7 +161,7 @@ def prepare(
             for report in finished:
                 reports.add(report)
         reports.finish(source)
-        image_text.assemble(units, reports.all, directory=work, out=out)
+        image_text.assemble(units, reports.all, directory=work, out=out, classes=settings.classes)
         os.replace(os.path.join(work, _JOB), os.path.join(out, _JOB))
     shutil.rmtree(work, ignore_errors=True)
     return reports.sentence(out)
@@ -180,7 +203,11 @@ def _describe(units: list[Unit], settings: Settings) -> dict:
     """Describes the job; two jobs with equal descriptions have the same result."""
     listing = [{**dataclasses.asdict(unit), "path": os.path.basename(unit.path)} for unit in units]
     digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
-    return {"name": image_text.NAME, "version": image_text.VERSION, "source": digest} | dataclasses.asdict(settings)
+    options = dataclasses.asdict(settings)
+    classes = list(options.pop("classes"))
+    # Jobs of earlier versions, which knew no classes, are described as they were.
+    options |= {"classes": classes} if classes else {}
+    return {"name": image_text.NAME, "version": image_text.VERSION, "source": digest, **options}
 
 
 def _is_prepared(out: str, job: dict) -> bool:

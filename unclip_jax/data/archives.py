@@ -1,6 +1,7 @@
 """Reads captioned pictures out of tar shards, as img2dataset and webdataset write them: nothing extracted, nothing run.
 
-An example is members `KEY.jpg|jpeg|png|webp` and `KEY.txt` or `KEY.json` (its "caption") next to each other. Members
+An example is members `KEY.jpg|jpeg|png|webp` and `KEY.txt` or `KEY.json` (its "caption", and for what has a class its
+"label") next to each other. Members
 are streamed, so a member's name is no path to anything: only the part of its last component before the first dot is
 kept, as a key. Links, devices and other extensions are passed over and counted.
 
@@ -23,6 +24,7 @@ from unclip_jax.data.records import (
     Ignored,
     Record,
     field,
+    label,
     parse_object,
 )
 from unclip_jax.errors import InputError
@@ -174,7 +176,7 @@ def _example(source: str, prefix: str, members: dict[str, bytes | Fault], seen: 
     if isinstance(picture, Fault) or isinstance(caption, Fault):
         return Bad(source, key, picture if isinstance(picture, Fault) else str(caption))
     try:
-        return Record(source, key, picture, _read_caption(caption, text))
+        return Record(source, key, picture, _read_caption(caption, text), _read_label(members.get("json", b"")))
     except InputError as error:
         return Bad(source, key, str(error))
 
@@ -187,3 +189,11 @@ def _read_caption(data: bytes, extension: str) -> str:
     if extension == "txt":
         return text
     return field(parse_object(text), CAPTION_FIELDS)
+
+
+def _read_label(data: bytes | Fault) -> str:
+    """What a .json says, which nobody needs where a .txt has the caption: where it says nothing there is no label."""
+    try:
+        return label(parse_object(data.decode("utf-8-sig"))) if data and isinstance(data, bytes) else ""
+    except (UnicodeDecodeError, InputError):
+        return ""

@@ -21,6 +21,7 @@ from unclip_jax.data.records import (
     Record,
     Unit,
     field,
+    label,
     parse_object,
 )
 from unclip_jax.errors import InputError
@@ -149,7 +150,7 @@ def _read_entry(value: str | list[str], *, names: list[str], source: str, folder
     name, caption = field(fields, FILE_FIELDS), field(fields, CAPTION_FIELDS)
     if any("\udc80" <= character <= "\udcff" for character in name + caption):
         raise InputError("is not UTF-8")
-    return Record(source, name, _read_picture(folder, name), caption)
+    return Record(source, name, _read_picture(folder, name), caption, label(fields))
 
 
 def _read_picture(folder: str, name: str) -> bytes:

@@ -5,14 +5,14 @@ number of workers may write, in any order, and stop at any moment; `assemble` th
 writes TFDS's metadata last. Neither writing nor reading imports TensorFlow or JAX.
 
 Features: `image` (the encoded file), `caption` (cleaned), `id` (int64, unique and ascending, not dense), `source` (the
-shard or caption file) and `key` (the example's name there).
+shard or caption file), `key` (the example's name there) and, where the classes are given, `label`.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from PIL import Image
 
 from unclip_jax.data import archives, captions, folders, images
 from unclip_jax.data.records import Bad, Ignored, Record, Unit
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -38,11 +38,13 @@ class Settings:
       size: pictures with a longer shorter side are resized to it, in pixels; 0 keeps every picture as it is.
       validation_percent: share of examples, chosen by their names, that go to the split `validation`, in [0, 100).
       max_pixels: largest picture that is decoded, width x height.
+      classes: names of the classes that labels name; () keeps no labels.
     """
 
     size: int = 0
     validation_percent: float = 0.0
     max_pixels: int = images.MAX_PIXELS
+    classes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -70,8 +72,8 @@ class UnitReport:
         return [bad for bad in self.bad if not bad.key]
 
 
-def features() -> "FeaturesDict":
-    """Returns the TFDS features of the data set."""
+def features(classes: Sequence[str] = ()) -> "FeaturesDict":
+    """Returns the TFDS features of the data set, with labels of these classes."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -81,8 +83,24 @@ def features() -> "FeaturesDict":
             "id": np.int64,
             "source": tfds.features.Text(),
             "key": tfds.features.Text(),
+            **({"label": tfds.features.ClassLabel(names=classes)} if classes else {}),
         }
     )
+
+
+def class_of(label: str, classes: Sequence[str]) -> int:
+    """Returns the number of the class that a label names, by name or number; -1 where there is no label.
+
+    Raises:
+      InputError: it names none of them.
+    """
+    if not label:
+        return -1
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    raise InputError(f"its label {label[:100]!r} is none of the {len(classes)} classes; {nearest(label, classes)}")
 
 
 def convert(record: Record, settings: Settings) -> tuple[bytes, str]:
@@ -129,7 +147,7 @@ def write_unit(
     """
     from tensorflow_datasets.proto import tf_example_pb2
 
-    serialize = features().serialize_example
+    serialize = features(settings.classes).serialize_example
     report = UnitReport({split: 0 for split in SPLITS}, {split: 0 for split in SPLITS}, [])
     writers = {split: _Writer(shard_path(directory, unit, split)) for split in SPLITS}
     for item in archives.read_tar(unit.path) if unit.kind == "tar" else folders.read_entries(unit):
@@ -146,6 +164,7 @@ def write_unit(
                     "id": unit.first_id + sum(report.records.values()),
                     "source": item.source,
                     "key": item.key,
+                    **({"label": class_of(item.label, settings.classes)} if settings.classes else {}),
                 }
                 # The order of a proto map's entries is random; `deterministic` sorts them, so equal means equal bytes.
                 data = tf_example_pb2.Example.FromString(serialize(example)).SerializeToString(deterministic=True)
@@ -226,7 +245,9 @@ def _write_json(path: str, value: object) -> None:
     os.replace(f"{path}.partial", path)
 
 
-def assemble(units: list[Unit], reports: list[UnitReport], *, directory: str, out: str) -> None:
+def assemble(
+    units: list[Unit], reports: list[UnitReport], *, directory: str, out: str, classes: Sequence[str] = ()
+) -> None:
     """Gives the shards of all units their names in `out` and then writes TFDS's metadata.
 
     Shards keep the order of the units. Interrupted anywhere, it can be called again; until its last step, `out` has no
@@ -258,12 +279,13 @@ def assemble(units: list[Unit], reports: list[UnitReport], *, directory: str, ou
             )
     tfds.folder_dataset.write_metadata(
         data_dir=staged,
-        features=features(),
+        features=features(classes),
         split_infos=infos,
         version=VERSION,
         filename_template=template,
         check_data=False,
         description="Captioned pictures, prepared by unclip_jax.",
     )
-    for name in ("features.json", "dataset_info.json"):
+    names = [name for name in sorted(os.listdir(staged)) if name.endswith(".labels.txt")]
+    for name in (*names, "features.json", "dataset_info.json"):
         os.replace(os.path.join(staged, name), os.path.join(out, name))

@@ -8,6 +8,7 @@ from unclip_jax.errors import InputError
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "json")
 CAPTION_FIELDS = ("caption", "text")
+LABEL_FIELD = "label"
 
 MAX_PICTURE_BYTES = 2**26
 # img2dataset's JSON carries EXIF and URLs beside the caption; a line of captions.jsonl may do the same.
@@ -41,12 +42,13 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A picture, still encoded, with its caption as it was found."""
+    """A picture, still encoded, with its caption and label as they were found; the label is "" where there is none."""
 
     source: str
     key: str
     image: bytes
     caption: str
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +89,9 @@ def field(entry: dict, names: tuple[str, ...]) -> str:
         if isinstance(value := entry.get(name), str) and value.strip():
             return value
     raise InputError(f"has no text in a field {' or '.join(map(repr, names))}")
+
+
+def label(entry: dict) -> str:
+    """Returns what the field `label` holds, a class by name or number; "" where it holds nothing of the kind."""
+    value = entry.get(LABEL_FIELD)
+    return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
