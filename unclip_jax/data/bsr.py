@@ -7,7 +7,8 @@ the alternative. Numbers are those of the code that both published. What is draw
 with it (the operations), so that either can be looked at alone.
 
 Two things differ from that code, which are faults there: it swaps height and width where it crops to a multiple of the
-factor, and its kernels of even width move the image by half a pixel, away from the large one that it must fit.
+factor; and its kernels of even width lie half a pixel off, which moves the image away from the large one that it must
+fit, and makes it black where hardly any blur was drawn. BSRGAN's camera noise needs a network and is in neither.
 
 Pixels are float32 in [0, 255] between operations, so that noise of a grey level or two is not rounded away.
 """
