@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "evaluation", "interop"),
     ("parts", "captioned_grid", "description"),  # parts: trained networks, read from their workdirs
     ("predictor", "report", "jobs"),  # predictor: calls parts; jobs: runs programs side by side
-    ("unclip",),
+    ("unclip", "training_jobs"),
     ("program",),
     ("inputs",),  # what a program reads
     ("train",),

@@ -13,26 +13,21 @@ Results are `report.html`, which needs nothing beside it, `report.json` with eve
 
 import dataclasses
 import functools
-import glob
 import hashlib
 import json
 import logging
-import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, jobs, metrics, programs, report
+from unclip_jax import checkpoint, jobs, programs, report, training_jobs
 from unclip_jax import config as configs
 from unclip_jax import quickstart_results as results
 from unclip_jax.data import datasets
-from unclip_jax.data.captioned_shapes import CaptionedShapes
 from unclip_jax.errors import InputError
 from unclip_jax.jobs import Job, Progress
 
@@ -49,19 +44,6 @@ STAGES = {
     "prior_diffusion": ("prior_diffusion", ""),
     "prior_ar": ("prior_ar", ""),
 }
-# What makes a run a smoke test: a few steps of small networks, in which compilation takes all the time.
-_SMOKE = {
-    "total_steps": 4, "batch_size": 8, "data.variant": "smoke", "log.every_percent": 25.0,
-    "checkpoint.every_percent": 50.0, "evaluation.every_percent": 0.0,
-}  # fmt: skip
-_SMOKE_UNET = {"channels": 32, "attention_resolutions": (), "depth": 1, "channel_mult": (1, 1)}
-_SMOKE_STAGES: dict[str, dict[str, Any]] = {
-    "clip": {},
-    "decoder": {f"model.unet.{key}": value for key, value in _SMOKE_UNET.items()} | {"sampling.timesteps": "2"},
-    "upsampler": {f"unet.{key}": value for key, value in _SMOKE_UNET.items()} | {"sampling.timesteps": "2"},
-    "prior_diffusion": {"model.depth": 1, "sampling.timesteps": "2"},
-    "prior_ar": {"model.depth": 1, "fit_examples": 96, "model.components": 8},
-}
 
 
 def overrides(name: str, options: "Options") -> dict[str, Any]:
@@ -70,52 +52,7 @@ def overrides(name: str, options: "Options") -> dict[str, Any]:
     values: dict[str, Any] = {"data.data_dir": options.data_dir, "seed": options.seed}
     if stage not in ("clip", "upsampler"):
         values["frozen.clip"] = str(options.workdir / "clip")
-    return values | (_SMOKE | _SMOKE_STAGES[stage] if options.smoke else {})
-
-
-def stage_job(name: str, spec: str, values: Mapping[str, Any], options: "Options") -> Job:
-    """Returns the job that trains a stage; it is finished where the last step of this very config is saved."""
-    config, folder = configs.load(spec, values), options.workdir / name
-    total = configs.total_steps(config)
-    command = [sys.executable, "-m", "unclip_jax.train", f"--config={spec}", f"--workdir={folder}"]
-    command += [f"--config.{key}={value}" for key, value in values.items()]
-    return Job(
-        name=name,
-        command=[*command, f"--compile_cache={options.cache}"],
-        log=folder / "train.log",
-        finished=functools.partial(_is_trained, folder, config, total),
-        progress=functools.partial(_training_progress, folder, total),
-        needs=("data", "clip") if "frozen.clip" in values else ("data",),
-    )
-
-
-def _is_trained(folder: pathlib.Path, config: ConfigDict, total: int) -> bool:
-    path = folder / "config.json"
-    if not path.exists() or total not in checkpoint.steps_of(folder / checkpoint.FOLDER):
-        return False
-    return not configs.difference(configs.from_json(path.read_text()), config)
-
-
-def _training_progress(folder: pathlib.Path, total: int) -> Progress:
-    rows = metrics.read(folder)
-    last = next((step for step in reversed(rows) if "mean/loss" in rows[step]), 0)
-    if not last:
-        return Progress(0, total, "compiles")
-    left = rows[last].get("seconds_left", 0.0)
-    return Progress(last, total, f"loss {rows[last]['mean/loss']:.4g}  {left:.0f} s left")
-
-
-def data_job(workdir: pathlib.Path, data: ConfigDict) -> Job:
-    """Returns the job that renders the data set that `config.data` names."""
-    there = pathlib.Path(data.data_dir).expanduser() / data.dataset / data.variant / str(CaptionedShapes.VERSION)
-    command = [sys.executable, "-m", "unclip_jax.prepare", f"--source={data.dataset}", f"--variant={data.variant}"]
-    return Job(
-        name="data",
-        command=[*command, f"--out={pathlib.Path(data.data_dir).expanduser()}"],
-        log=workdir / "data.log",
-        finished=(there / "dataset_info.json").exists,
-        progress=lambda: Progress(0, 1, "renders"),
-    )
+    return values | (training_jobs.smoke(stage) if options.smoke else {})
 
 
 def sample_jobs(captions: Sequence[str], *, parts: int, batch_size: int, options: "Options") -> list[Job]:
@@ -156,25 +93,6 @@ def _sampling_progress(folder: pathlib.Path, total: int) -> Progress:
     return Progress(sum(stem.rpartition("-")[2].startswith("seed") for stem in stems), total, "images")
 
 
-def accelerated() -> bool:
-    """Whether JAX finds more than a CPU. It is asked in a process of its own, for it takes an accelerator's memory."""
-    devices = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any(glob.glob(pattern) for pattern in devices):
-        return False
-    asked = subprocess.run(
-        [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True, check=False
-    )
-    return asked.returncode == 0 and asked.stdout.split()[-1:] != ["cpu"]
-
-
-def core_groups(how: str) -> list[tuple[int, ...] | None]:
-    """Returns the cores of each job that may run at the same time; [None] is one job at a time, on everything."""
-    if how == "sequential" or (how == "auto" and accelerated()):
-        return [None]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    return list(jobs.core_groups(cores, most=len(STAGES) - 1))
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the caller chose; the program's flags."""
@@ -194,7 +112,7 @@ def run(options: Options) -> int:
     workdir, began = options.workdir, time.monotonic()
     with jobs.claim(workdir) as lock:
         times = jobs.Times(workdir)
-        groups = core_groups(options.schedule)
+        groups = training_jobs.core_groups(options.schedule, most=len(STAGES) - 1)
         _LOG.info("%d at a time, on cores %s", len(groups), [list(group) if group else "all" for group in groups])
         runner = jobs.Runner(groups=groups, times=times, lock=lock, stop=jobs.Stop())
         try:
@@ -220,8 +138,10 @@ def _work(options: Options, runner: jobs.Runner, groups: Sequence[Any]) -> tuple
     data = configs.load(specs["clip"], values["clip"]).data
     if data.dataset != "captioned_shapes":
         raise InputError(f"{options.variant!r} trains on {data.dataset}; the quickstart scores captioned_shapes alone")
-    training = [data_job(workdir, data)]
-    training += [stage_job(name, specs[name], values[name], options) for name in STAGES]
+    training = [training_jobs.rendering(data, workdir=workdir)]
+    training += [
+        training_jobs.training(name, specs[name], values[name], workdir=workdir, cache=options.cache) for name in STAGES
+    ]
     code = runner.run(training)
     if code != programs.DONE:
         return code, {}
