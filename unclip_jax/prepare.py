@@ -7,8 +7,8 @@
 `--source` is a folder or glob of tar shards (img2dataset, webdataset), or a folder with `captions.jsonl` or
 `captions.csv`, or `captioned_shapes` or `emoji`. Entries (or a shard's `.json`) may have a `label`, which `--classes`
 keeps. The result is a TFDS data set in `--out`. Interrupted in any way, the same command goes on where it was, and the
-result does not depend on interruptions or on the number of workers. Examples that cannot be used are left out and named in
-`bad_records.jsonl`.
+result does not depend on interruptions or on the number of workers. Examples that cannot be used are left out and named
+in `bad_records.jsonl`.
 """
 
 import collections
