@@ -228,7 +228,8 @@ def test_a_config_names_the_mixture_and_evaluation_reads_one_set(data_dir):
     np.testing.assert_array_equal(next(resumed)["id"], ids[1600:1616])
     resumed.close()
     spec = {"id": jax.ShapeDtypeStruct((16,), np.uint32)}
-    seen = [batch["id"][batch["mask"]] for batch in mixed.evaluation(spec, limit=1000, batch_size=16)]
+    evaluated = mixed.evaluation().batches(spec, source="evaluation", limit=1000, batch_size=16)
+    seen = [batch["id"][batch["mask"]] for batch in evaluated]
     np.testing.assert_array_equal(np.concatenate(seen), np.arange(32))  # validation
 
 
