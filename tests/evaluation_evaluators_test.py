@@ -148,7 +148,7 @@ def test_a_run_measures_its_data_by_their_labels(config, tmp_path, caplog):
     ({"recall_at": (1, 40)}, "recall_at has 40, but retrieval is among 30 pairs"),
     ({"label_split": "valid"}, "config.evaluation.label_split: .*no split 'valid'"),
     ({"label_train_split": "trian"}, "config.evaluation.label_train_split: .*did you mean 'train'"),
-    ({"label_dataset": "/nowhere", "label_split": "test"}, "config.evaluation.label: '/nowhere' holds no prepared"),
+    ({"label_dataset": "/nowhere", "label_split": "test"}, "evaluation.label_dataset and label: '/nowhere' holds no"),
     ({"label_dataset": "there"}, "label_dataset='.*there' needs config.evaluation.label_split, one of its splits"),
 ])
 def test_what_evaluators_cannot_use_is_found_before_anything_is_written(

@@ -162,7 +162,8 @@ class EvaluationData:
         try:
             return datasets.class_names(self._labelled_directory(), self._config.evaluation.get("label", ""))
         except InputError as error:
-            raise InputError(f"config.evaluation.label: {error}") from error
+            keys = "label_dataset and label" if self._config.evaluation.get("label_dataset") else "label"
+            raise InputError(f"config.evaluation.{keys}: {error}") from error
 
     def batches(
         self, spec: Mapping[str, jax.ShapeDtypeStruct], *, source: str, limit: int, batch_size: int

@@ -1,5 +1,6 @@
 """Zero-shot classification: an image is what the caption nearest to it names (Radford et al., 2021, section 3.1)."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -49,11 +50,11 @@ def texts(entries: Sequence[Any], *, key: str) -> tuple[str, ...]:
 class Labelled(Evaluator):
     """What evaluators of labelled images share: the names of the classes, and embeddings with their labels."""
 
+    @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Returns what the classes are called: `config.evaluation.classes`, or as the data has it, "_" as a blank.
+        """What the classes are called: `config.evaluation.classes`, or as the data has it, "_" as a blank.
 
-        Raises:
-          InputError: the data has no such labels, fewer than two, or not as many as there are names.
+        An InputError where the data has no such labels, fewer than two, or not as many as there are names.
         """
         there = self.data.class_names()
         names = texts(self.config.get("classes", ()), key="classes")
@@ -67,7 +68,7 @@ class Labelled(Evaluator):
         return names or tuple(name.replace("_", " ") for name in there)
 
     def check(self):
-        self.class_names()
+        _ = self.class_names
         self.data.count("labelled")
 
     def labelled(
@@ -93,8 +94,9 @@ class ZeroShot(Labelled):
 
     needs = ("z_i", "z_t")
 
+    @functools.cached_property
     def templates(self) -> tuple[str, ...]:
-        """Returns `config.evaluation.templates`, or ours; raises InputError where one has no place for the name."""
+        """`config.evaluation.templates`, or ours; an InputError where one has no place for the name."""
         templates = texts(self.config.get("templates", ()), key="templates") or TEMPLATES
         for template in templates:
             if PLACE not in template:
@@ -106,14 +108,14 @@ class ZeroShot(Labelled):
 
     def check(self):
         super().check()
-        self.templates()
+        _ = self.templates
         if self.tokenize is None:
             raise InputError("evaluator 'zero_shot' needs a stage that reads captions; take it out")
 
     def class_embeddings(self, params: Any, frozen: Any) -> Float[np.ndarray, "k d"]:
         """Embeds the classes: float32, of length 1."""
         assert self.tokenize is not None  # as `check` has seen
-        names, templates = self.class_names(), self.templates()
+        names, templates = self.class_names, self.templates
         prompts = [template.replace(PLACE, name) for name in names for template in templates]
         ((field, spec),) = self.specs["z_t"].items()
         size, length = spec.shape

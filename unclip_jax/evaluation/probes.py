@@ -94,7 +94,7 @@ class LinearProbe(Labelled):
         self.data.count("labelled_training")
 
     def run(self, params, frozen):
-        classes = len(self.class_names())
+        classes = len(self.class_names)
         wanted = self.config.get("probe_examples", 10_000)
         x, y = self.labelled("z_i", params, frozen, source="labelled_training", limit=wanted)
         test_x, test_y = self.labelled("z_i", params, frozen, source="labelled", limit=self.config.examples)
