@@ -17,7 +17,9 @@ def _laptop(emoji):
     config.frozen = {"clip": ""}
     config.clip = common.clip_tiny(emoji=emoji)
     config.model = {**common.text_tiny(), "embed_dim": 64, "depth": 3}
-    config.embedding_scale = 4.3  # 17.2 * sqrt(64 / 1024): unit vectors with coordinates of variance 0.289
+    # 17.2 * sqrt(64 / 1024): unit vectors with coordinates of variance 0.289.
+    config.embedding = {"scaling": "constant", "scale": 4.3, "norm": "unit"}
+    config.fit_examples = 4096  # for scaling "whiten"
     config.drop = {"text": 0.1}
     config.diffusion = {**common.diffusion(prediction="x_start", variance="fixed_small"), "clip_x_start": None}
     config.sampling = {"method": "ddpm", "timesteps": "32", "eta": 0.0, "threshold": "static"}
@@ -31,7 +33,9 @@ def _large(config, clip, text):
     config.frozen = {"clip": ""}
     config.clip = clip
     config.model = {**text, "embed_dim": clip["embed_dim"]}
-    config.embedding_scale = 0.5375 * clip["embed_dim"] ** 0.5  # 17.2 at 1,024 numbers
+    # 17.2 at 1,024 numbers.
+    config.embedding = {"scaling": "constant", "scale": 0.5375 * clip["embed_dim"] ** 0.5, "norm": "unit"}
+    config.fit_examples = 1 << 20  # for scaling "whiten"
     config.drop = {"text": 0.1}
     config.diffusion = {**common.diffusion(prediction="x_start", variance="fixed_small"), "clip_x_start": None}
     config.sampling = {"method": "analytic", "timesteps": "64", "eta": 0.0, "threshold": "static"}

@@ -259,3 +259,58 @@ def test_meta_is_plain_json(saved):
     (path,) = [path for path in (saved / "checkpoints" / "3" / "meta").iterdir() if "metadata" in path.name]
     meta = json.loads(path.read_text())
     assert meta["arrays"]["params"]["['dense']['kernel']"][:2] == ["float32", [24, 16]]
+
+
+def measured(value):
+    return {"mean": state_at(3).statistics["mean"], "x_start_variance": jnp.full((5,), value)}
+
+
+def with_variance(state):
+    return state.replace(statistics={**state.statistics, "x_start_variance": jnp.zeros((5,))})
+
+
+def test_a_step_from_before_weights_were_measured_reads_as_not_measured(saved):
+    state, _ = restore(saved, abstract(with_variance(state_at(1))))
+    assert same_bits(state, with_variance(state_at(3)))
+    # Of the data, nothing may be missing.
+    other = state_at(1).replace(statistics={"mean": jnp.zeros(7), "clip_std": jnp.ones(7)})
+    with pytest.raises(InputError, match="another network: .*clip_std"):
+        restore(saved, abstract(other))
+
+
+def test_statistics_put_into_a_saved_step_are_part_of_it(workdir, config):
+    tree = abstract(with_variance(state_at(1)))
+    for value in (0.5, 0.25, 0.125):
+        checkpoint.replace_statistics(workdir, 3, measured(value), extra={"x_start_variance": {"examples": 9}})
+        state, meta = restore(workdir, tree)
+        assert same_bits(state, state_at(3).replace(statistics=measured(value)))
+        assert meta["x_start_variance"] == {"examples": 9} and meta["data"] == {"examples": 96}
+    ema, statistics, _, _ = checkpoint.load(workdir, lambda config: (tree.params, tree.statistics))
+    assert same_bits((ema, statistics), (state_at(3).ema, measured(0.125)))
+    # Damage of them is damage of the step, and the run goes on beside them.
+    save(workdir, 4, config=config)
+    assert checkpoint.steps_of(workdir / "checkpoints") == [4, 3, 2, 1]
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    item = json.loads((workdir / "checkpoints" / "3" / "meta" / "metadata").read_text())["items"]["statistics"]
+    flip(biggest(workdir / "checkpoints" / "3" / item))
+    assert restore(workdir, tree)[0].step == 2
+
+
+@pytest.mark.parametrize("moment", ["before the new arrays", "before the new meta is in place"])
+def test_killed_while_statistics_are_replaced_a_step_has_the_old_ones(workdir, monkeypatch, moment):
+    tree = abstract(with_variance(state_at(1)))
+    checkpoint.replace_statistics(workdir, 3, measured(0.5))
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "before the new arrays":
+            patch.setattr(checkpoint.ocp.StandardCheckpointer, "save", die)
+        else:
+            patch.setattr(type(checkpoint.absolute(workdir)), "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.replace_statistics(workdir, 3, measured(0.25))
+    assert same_bits(restore(workdir, tree)[0].statistics, measured(0.5))
+    checkpoint.replace_statistics(workdir, 3, measured(0.25))
+    assert same_bits(restore(workdir, tree)[0].statistics, measured(0.25))

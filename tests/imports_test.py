@@ -23,10 +23,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parts", "captioned_grid", "description"),  # parts: trained networks, read from their workdirs
     ("predictor", "report", "jobs"),  # predictor: calls parts; jobs: runs programs side by side
     ("unclip", "training_jobs"),
-    ("program",),
+    ("program", "fitting"),
     ("inputs",),  # what a program reads
     ("train",),
-    ("plan", "evaluate", "generate", "manipulate", "convert", "export", "prepare"),
+    ("plan", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),
     ("quickstart_results",),
     ("quickstart",),  # runs the others
 )

@@ -17,6 +17,7 @@ from unclip_jax import program as program_lib
 from unclip_jax.data import fake
 from unclip_jax.errors import InputError
 from unclip_jax.stages import base
+from unclip_jax.state import OF_WEIGHTS, of_data
 
 # Most of this file's time is compilation; these programs run for milliseconds.
 QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
@@ -151,12 +152,17 @@ def _is_adam(part):
 def test_frozen_trees_and_statistics_are_left_as_they_were(case):
     frozen = case.frozen()
     state = case.state()
-    before = bits(state.statistics)
+    measured = {name: jnp.full_like(x, 0.5) for name, x in state.statistics.items() if name in OF_WEIGHTS}
+    state = state.replace(statistics={**state.statistics, **measured})
+    before = bits(of_data(state.statistics))
     batch = sharding.put_batch(case.batch(0), case.program.batch_sharding)
     state, _ = case.step(state, frozen, batch)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
     assert bits(frozen) == bits(case.frozen_on_host)
-    assert bits(state.statistics) == before
+    assert bits(of_data(state.statistics)) == before
+    # What was measured of the weights was measured of other weights.
+    assert not any(np.any(x) for name, x in state.statistics.items() if name in OF_WEIGHTS)
+    assert set(measured) == (set(OF_WEIGHTS) if isinstance(case.stage, base.MeasuresVariance) else set())
 
 
 def test_resume_is_bitwise(case, tmp_path):

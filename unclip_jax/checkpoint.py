@@ -4,6 +4,9 @@ A step holds `params`, `ema`, `rest` (optimizer, counters) and `statistics` as s
 weights read only those, and `meta`: the config, and the shape and a digest of every array. Orbax commits a step by
 renaming its folder but neither notices flipped bits nor looks inside the folders that it lists, so a restore here
 verifies the digests and falls back to the newest step that is whole.
+
+Statistics of weights (`state.OF_WEIGHTS`) are measured on a step that was saved before: `replace_statistics` puts them
+there. A step without them has zeros.
 """
 
 import hashlib
@@ -20,17 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError
-from unclip_jax.state import TrainState
+from unclip_jax.state import OF_WEIGHTS, TrainState
 
 _LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 # Arrays of up to this many elements are digested on the host: a U-Net has hundreds, and to compile a reduction for
 # each takes longer than a laptop's whole run spends on saving.
 _HOST_ELEMENTS = 1 << 20
+# The two folders of a step that may hold its statistics; `meta` says which one does, under "items".
+_STATISTICS = ("statistics", "statistics_2")
 
 
 class Checkpointer:
@@ -189,6 +195,41 @@ def load(
     raise InputError(f"no checkpoint in {directory} is whole (tried {steps if step is None else [step]})")
 
 
+def replace_statistics(
+    workdir: epath.PathLike, step: int, statistics: Mapping[str, Any], *, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Gives a saved step other statistics. Killed at any moment, it leaves the step whole, with the old or the new.
+
+    The new ones are written to whichever of two folders is not in use; then one rename puts another `meta` in place,
+    which names that folder and holds its digests. All processes must call it.
+
+    Args:
+      workdir: of a training run.
+      step: one that it has saved.
+      statistics: all of them, replicated.
+      extra: more JSON for `meta`, such as how they were measured.
+    """
+    folder = absolute(workdir) / FOLDER / str(step)
+    meta = _read_meta(folder.parent, step)
+    used = _folder_of(meta, "statistics") if "statistics" in meta["arrays"] else None
+    free = next(name for name in _STATISTICS if name != used)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / free, dict(statistics), force=True)
+    meta |= {"items": {"statistics": free}, **(extra or {})}
+    meta["arrays"]["statistics"] = _described(dict(statistics))
+    meta["digest"] = _meta_digest(meta)
+    if jax.process_index() == 0:
+        (path,) = [path for path in (folder / "meta").iterdir() if path.name == "metadata"]
+        whole = folder / f"meta-{os.getpid()}.json"
+        whole.write_text(json.dumps(meta))
+        whole.replace(path)
+    multihost_utils.sync_global_devices("replace_statistics")
+
+
+def _folder_of(meta: Mapping[str, Any], item: str) -> str:
+    return meta.get("items", {}).get(item, item)
+
+
 def _items(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "streak": state.streak}
     items = {"params": state.params, "ema": state.ema, "rest": rest}
@@ -221,16 +262,34 @@ def _read_items(
       InputError: the step is whole but holds arrays of other names or shapes.
       Exception: the step is damaged.
     """
-    for item, tree in abstract.items():
+    wanted = {item: _without_unmeasured(item, tree, meta) for item, tree in abstract.items()}
+    for item, tree in wanted.items():
         _check_shapes(meta["arrays"].get(item, {}), tree, where=f"{directory / str(step)}/{item}")
     items = {}
-    for item, tree in abstract.items():
-        with ocp.StandardCheckpointer() as reader:
-            items[item] = reader.restore(directory / str(step) / item, tree)
-        for name, found in _described(items[item]).items():
-            if found != meta["arrays"][item][name]:
-                raise ValueError(f"{item}{name} does not match its digest")
+    for item, tree in wanted.items():
+        if item in meta["arrays"]:
+            with ocp.StandardCheckpointer() as reader:
+                items[item] = reader.restore(directory / str(step) / _folder_of(meta, item), tree)
+            for name, found in _described(items[item]).items():
+                if found != meta["arrays"][item][name]:
+                    raise ValueError(f"{item}{name} does not match its digest")
+        if tree is not abstract[item]:
+            absent = {name: x for name, x in abstract[item].items() if name not in tree}
+            items[item] = {**items.get(item, {}), **jax.tree.map(_zeros, absent)}
     return items
+
+
+def _without_unmeasured(item: str, tree: Any, meta: Mapping[str, Any]) -> Any:
+    """Returns what to read of an item: statistics of weights that nobody measured need not be there."""
+    if item != "statistics":
+        return tree
+    there = meta["arrays"].get(item, {})
+    absent = [name for name in OF_WEIGHTS if name in tree and f"['{name}']" not in there]
+    return {name: x for name, x in tree.items() if name not in absent} if absent else tree
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
 def _check_shapes(stored: Mapping[str, Any], abstract: Any, *, where: str) -> None:

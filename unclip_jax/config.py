@@ -81,7 +81,8 @@ RULES: dict[str, Any] = {
     "low_res_size": SIZE,
     "condition": TEXT,
     "drop": {"text": FRACTION, "clip": FRACTION},
-    "embedding_scale": Rule(float, 1e-6),
+    "embedding": {"scaling": TEXT, "scale": Rule(float, 1e-6), "norm": TEXT},
+    "embedding_scale": Rule(float, 1e-6),  # of configs before `embedding`
     "fit_examples": SIZE,
     "dot_top": Rule(float, 0.01, 1),
     "diffusion": {"schedule": TEXT, "num_timesteps": SIZE, "prediction": TEXT, "variance": TEXT,

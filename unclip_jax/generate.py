@@ -48,6 +48,7 @@ SAMPLING_FLAGS = {
     "quantile": (("decoder",), "quantile"),
     "prior_guidance_scale": (("prior_diffusion", "prior_ar"), "guidance_scale"),
     "prior_steps": (("prior_diffusion",), "timesteps"),
+    "prior_method": (("prior_diffusion",), "method"),
     "candidates": (("prior_diffusion", "prior_ar"), "candidates"),
     "upsampler_steps": (("upsampler_1", "upsampler_2"), "timesteps"),
 }
@@ -287,6 +288,7 @@ def define_flags() -> None:
     flags.DEFINE_string("quantile", None, "Of dynamic thresholding.")
     flags.DEFINE_string("prior_guidance_scale", None, "Guidance of the prior; 1 is none.")
     flags.DEFINE_string("prior_steps", None, "Steps of the diffusion prior.")
+    flags.DEFINE_string("prior_method", None, "Sampler of the diffusion prior; analytic needs unclip_jax.statistics.")
     flags.DEFINE_string("candidates", None, "Embeddings that the prior draws, of which the one nearest to z_t is kept.")
     flags.DEFINE_string("upsampler_steps", None, "Steps of both upsamplers.")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "The moving average of the weights, or the last ones.")

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, sharding
+from unclip_jax import checkpoint
 from unclip_jax.data import datasets, pipeline, sources
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
@@ -71,19 +71,19 @@ class Input:
             ]
         )
 
-    def _batches(self, *, seed: int, start_step: int):
-        data, config = self._config.data, self._config
+    def _batches(self, *, seed: int, start_step: int, batch_size: int, host: int, hosts: int, cache: bool):
+        data = self._config.data
         return pipeline.training_batches(
             self._source(),
-            spec=self._program.stage.batch_spec(config.batch_size),
+            spec=self._program.stage.batch_spec(batch_size),
             tokenizer=self.tokenizer,
             seed=seed,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             start_step=start_step,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            host_index=host,
+            host_count=hosts,
             workers=data.workers,
-            cache="memory" if data.cache else "none",
+            cache="memory" if cache else "none",
             crop=data.crop_fraction,
             flip=0.5 if data.flip else 0.0,
             degradation=data.degradation,
@@ -92,14 +92,21 @@ class Input:
 
     def training(self, start_step: int):
         """Returns this host's batches from `start_step` on, as an endless iterator."""
-        return self._batches(seed=self._config.seed, start_step=start_step)
+        return self._batches(
+            seed=self._config.seed,
+            start_step=start_step,
+            batch_size=self._config.batch_size,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            cache=self._config.data.cache,
+        )
 
-    def fitting(self, examples: int) -> Iterator[dict[str, jax.Array]]:
-        """Yields global batches of the training data, about `examples` examples, in an order of their own."""
-        batches = self._batches(seed=self._config.seed + 1, start_step=0)
-        for _ in range(-(-examples // self._config.batch_size)):
-            yield sharding.put_batch(next(batches), self._program.batch_sharding)
-        batches.close()
+    def fitting(self, first: int, *, batch_size: int):
+        """Returns batches of the training data in an order of their own, whole on every host, from the first-th on."""
+        # The order of another seed; few examples of a large set, so not worth a cache.
+        return self._batches(
+            seed=self._config.seed + 1, start_step=first, batch_size=batch_size, host=0, hosts=1, cache=False
+        )
 
     def evaluation(self) -> "EvaluationData":
         """Returns what evaluators read (`evaluation.base.Data`)."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -90,6 +91,7 @@ def read(name: str, folder: str, mesh: jax.sharding.Mesh, *, weights: str, sampl
 
     params, statistics, config, step = checkpoint.load(folder, abstract, ema=weights == "ema" or name == "clip")
     config = with_sampling(config, sampling, name=name)
+    check_variance(config, statistics, name=name, folder=folder, step=step)
     _LOG.info("%s: step %d of %s", name, step, folder)
     return Part(name, folder, base.create(config), config, params, statistics, step)
 
@@ -117,6 +119,15 @@ def with_sampling(config: ConfigDict, sampling: Mapping[str, Any], *, name: str)
         except ValueError as error:
             raise InputError(f"{name}: sampling.{key}={value!r} is not of type {kind.__name__}") from error
     return configs.check(ConfigDict(plain).lock())
+
+
+def check_variance(config: ConfigDict, statistics: Any, *, name: str, folder: str, step: int) -> None:
+    """Raises InputError where sampling needs the variance of a network's predictions and nobody has measured it."""
+    if config.get("sampling", {}).get("method") == "analytic" and not np.any(statistics["x_start_variance"]):
+        raise InputError(
+            f"{name}: sampling.method='analytic' needs the variance of its predictions, which is not measured at step "
+            f"{step} of {folder}; measure it: python -m unclip_jax.statistics --workdir={folder}"
+        )
 
 
 def check_clip(parts: Mapping[str, Part]) -> None:

@@ -16,7 +16,7 @@ from unclip_jax import config as configs
 from unclip_jax import optim, replicas, sharding, sharpness
 from unclip_jax.errors import InputError
 from unclip_jax.stages import base
-from unclip_jax.state import TrainState
+from unclip_jax.state import TrainState, forget_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +162,7 @@ def _train_step(config, gradient, optimizer, learning_rate, state: TrainState, f
         params=params,
         ema=ema,
         opt_state=opt_state,
+        statistics=forget_weights(state.statistics),
         skipped=state.skipped + bad,
         streak=(state.streak + bad) * bad,
     )

@@ -59,6 +59,7 @@ def start_jax(*, compile_cache: str = "") -> None:
     """Sets JAX up for a program: compile cache, random numbers that no sharding changes, and the other hosts.
 
     Hosts join where the environment names their coordinator, JAX_COORDINATOR_ADDRESS; else this process is alone.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID tell a host who it is where JAX cannot detect it.
 
     Args:
       compile_cache: directory of compiled programs, kept between runs; "" leaves the cache off.
@@ -70,4 +71,8 @@ def start_jax(*, compile_cache: str = "") -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(compile_cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize()
+        # JAX finds out by itself on clusters that it knows; elsewhere the environment says it.
+        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )

@@ -5,13 +5,14 @@ stopped by SIGTERM or SIGINT after saving (run it again), 1 error.
 """
 
 import collections
+import dataclasses
 import functools
 import logging
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from unclip_jax import checkpoint, metrics, programs, sharding
+from unclip_jax import checkpoint, fitting, metrics, programs, sharding
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError
 from unclip_jax.evaluation import evaluators
@@ -46,6 +47,12 @@ class Stopping:
         if self._asked.is_set():  # a second Ctrl-C does not wait
             sys.exit(programs.REQUEUE)
         self._asked.set()
+
+    def now(self) -> None:
+        """Ends a process that works alone, where one was asked to stop before there is anything to save."""
+        if self._asked.is_set() and not self._distributed:
+            _LOG.info("stopped before the first step; run the same command to begin again")
+            sys.exit(programs.REQUEUE)
 
     def at(self, step: int) -> bool:
         """Must be called at every step by every host."""
@@ -88,6 +95,8 @@ class Run:
         if not self.every["evaluation"]:
             return []
         data, tokenizer = self.input.evaluation(), self.input.tokenizer
+        if self.config.get("sampling", {}).get("method") == "analytic":
+            _LOG.info("evaluations sample with the small fixed variance, for these weights' own is measured afterwards")
         return [
             evaluators.create(
                 name,
@@ -106,12 +115,7 @@ class Run:
         restored = self.saver.restore(self.program.state)
         if restored is None:
             state = self.program.init(jax.random.key(self.config.seed))
-            fitting = _Again(lambda: self.input.fitting(self.config.get("fit_examples", 0)))
-            frozen = {**self.frozen, "statistics": state.statistics}
-            fitted = self.program.stage.fit_statistics(frozen, fitting)
-            if fitted:
-                fitted = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), fitted, self.program.state.statistics)
-                state = state.replace(statistics=fitted)
+            state = self._measured(state)
             _overview(state.params)
             return state
         state, meta = restored
@@ -124,6 +128,28 @@ class Run:
             named = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in differing.items())
             raise InputError(f"{self.workdir} was trained on other input ({named}); restore it, or --accept_changes")
         _LOG.info("resuming %s at step %d", self.workdir, int(state.step))
+        return state
+
+    def _measured(self, state: TrainState) -> TrainState:
+        """Returns the first state with what its stage measures of the data, saved as step 0 if that is anything."""
+        over_data = fitting.OverData(
+            functools.partial(self.input.fitting, batch_size=fitting.CHUNK),
+            self.frozen,
+            spec=self.program.stage.batch_spec(fitting.CHUNK),
+            examples=self.config.get("fit_examples", 0),
+            devices=[device for device in self.program.mesh.devices.flat if device in jax.local_devices()],
+            stop=self.stopping.now,
+        )
+        fitted, told = self.program.stage.fit_statistics(over_data)
+        if not fitted:
+            return state
+        # Hosts' own linear algebra may round otherwise.
+        fitted = fitting.from_host(0, jax.tree.map(np.asarray, fitted))
+        placed = {name: jax.device_put(x, self.program.state.statistics[name].sharding) for name, x in fitted.items()}
+        state = dataclasses.replace(state, statistics={**state.statistics, **placed})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in told.items())
+        _LOG.info("measured of %d examples: %s", self.config.fit_examples, shown)
+        self.saver.save(state, config=self.config, extra={"data": self.fingerprint})
         return state
 
     def run(self) -> int:
@@ -205,16 +231,6 @@ class Run:
         self.writer.scalars(step, scalars)
         shown = "  ".join(f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in scalars.items())
         _LOG.info("evaluation at step %d: %s", step, shown)
-
-
-class _Again:
-    """An iterable that begins anew each time; what `fit_statistics` may read more than once."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]]):
-        self._make = make
-
-    def __iter__(self):
-        return self._make()
 
 
 class _Guard:

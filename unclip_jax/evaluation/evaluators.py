@@ -65,6 +65,7 @@ class Embedding(Evaluator):
         for number, (batch, mask) in enumerate(self.batches("sample_z_i", "z_i")):
             sampled = self.get(self.call("sample_z_i", params, frozen, batch, key=number))[mask]
             true = self.get(self.call("z_i", params, frozen, batch, key=number))[mask]
+            sampled, true = (z / np.linalg.norm(z, axis=-1, keepdims=True) for z in (sampled, true))
             own.append((sampled * true).sum(-1))
             other.append((sampled * np.roll(true, 1, axis=0)).sum(-1))
         yield "cosine", float(np.concatenate(own).mean())

@@ -3,9 +3,8 @@
 Principal components of the image embeddings, ordered by eigenvalue, each quantised into buckets (the paper keeps
 319 of 1,024 components, in 1,024 buckets), and the likeness z_i.z_t quantised for the token in front.
 
-Fitting streams twice over the embeddings, in float64, and is a sum both times, so that hosts may each take a
-part and merge: `Moments` gives mean and covariance, `Histograms` what the buckets need. `fit` does both on one
-host. The result is a dictionary of float32 arrays, the statistics, which `encode` and `decode` take:
+Fitting takes two sums over all embeddings, in float64: `Moments` gives mean and covariance, `Histogram` what the
+buckets need. The result is a dictionary of float32 arrays, the statistics, which `encode` and `decode` take:
 
     mean [d], basis [d, k]      z is near mean + basis @ coefficients
     variances [d]               all eigenvalues of the covariance, largest first
@@ -15,7 +14,8 @@ host. The result is a dictionary of float32 arrays, the statistics, which `encod
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,39 +31,39 @@ _BINS = 8192  # of the histograms, per quantity: 8 for each of the paper's 1,024
 _REACH = 8.0  # standard deviations that a coefficient's histogram spans on either side
 
 
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """Sums over embeddings that give their mean and covariance.
+class Moments(NamedTuple):
+    """Sums over embeddings that give their mean and covariance; those of two sets add up.
 
     Attributes:
-      count: number of embeddings.
+      count: number of embeddings, int64.
       total: their sum, float64 [d].
       outer: the sum of their outer products, float64 [d, d].
     """
 
-    count: int
-    total: Float[np.ndarray, "d"]
-    outer: Float[np.ndarray, "d d"]
+    count: Any
+    total: Any
+    outer: Any
 
     @classmethod
-    def empty(cls, dimensions: int) -> "Moments":
-        """Sums over no embeddings."""
-        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
-
-    def accumulate(self, z: Float[np.ndarray, "n d"]) -> "Moments":
-        """Adds embeddings, summed in float64 whatever their dtype.
+    def of(cls, z: Float[np.ndarray, "n d"]) -> "Moments":
+        """The sums over embeddings of any dtype; there may be none.
 
         Raises:
           InputError: if an embedding is not finite.
         """
         z = z.astype(np.float64)
         if not np.isfinite(z).all():
-            raise InputError("an embedding to fit the quantizer on is not finite; leave it out or mend it")
-        return self.merge(Moments(len(z), z.sum(0), z.T @ z))
+            raise InputError("an embedding to measure is not finite; leave it out or mend it")
+        return cls(np.int64(len(z)), z.sum(0), z.T @ z)
 
-    def merge(self, other: "Moments") -> "Moments":
-        """The sums over the embeddings of both."""
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+    @property
+    def mean(self) -> Float[np.ndarray, "d"]:
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        covariance = self.outer / self.count - np.outer(self.mean, self.mean)
+        return (covariance + covariance.T) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,66 +93,78 @@ class PrincipalComponents:
             raise InputError(f"components must be between 1 and the embedding's {dimensions}, not {components}")
         if moments.count < 2:
             raise InputError(f"the quantizer needs at least 2 embeddings to fit, not {moments.count}")
-        mean = moments.total / moments.count
-        covariance = moments.outer / moments.count - np.outer(mean, mean)
-        variances, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+        variances, vectors = np.linalg.eigh(moments.covariance)
         variances, vectors = np.maximum(variances[::-1], 0.0), vectors[:, ::-1]
         peaks = vectors[np.abs(vectors).argmax(0), np.arange(dimensions)]
-        return cls(mean, (vectors * np.where(peaks < 0, -1.0, 1.0))[:, :components], variances)
-
-    def rank(self, *, tolerance: float = 1e-9) -> int:
-        """The number of components whose variance exceeds `tolerance` times the largest."""
-        return int((self.variances > tolerance * self.variances[0]).sum())
+        return cls(moments.mean, (vectors * np.where(peaks < 0, -1.0, 1.0))[:, :components], variances)
 
     def project(self, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
         """Coefficients of embeddings in float64."""
         return (z.astype(np.float64) - self.mean) @ self.basis
 
 
-@dataclasses.dataclass(frozen=True)
-class Histograms:
-    """Counts and sums per bin: of every coefficient, and in the last row of z_i.z_t.
+class Histogram(NamedTuple):
+    """Counts and sums of values per bin, a row for each quantity; those of two sets add up.
 
-    Bins are equal, `_BINS` from `low` to `high`; what lies outside counts in the outermost bin.
+    Attributes:
+      counts: int64 [rows, bins].
+      sums: of the values in each bin, float64 [rows, bins].
+    """
+
+    counts: Any
+    sums: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """Fine, equal bins: of every coefficient, and in the last row of z_i.z_t.
+
+    There are `_BINS` from `low` to `high`; what lies outside counts in the outermost bin.
 
     Attributes:
       low, high: float64 [k + 1].
-      counts: int64 [k + 1, bins].
-      sums: sums of the values in each bin, float64 [k + 1, bins].
     """
 
     low: Float[np.ndarray, "rows"]
     high: Float[np.ndarray, "rows"]
-    counts: Int[np.ndarray, "rows bins"]
-    sums: Float[np.ndarray, "rows bins"]
 
     @classmethod
-    def empty(cls, components: PrincipalComponents) -> "Histograms":
+    def over(cls, components: PrincipalComponents) -> "Bins":
         """Bins over 8 standard deviations of each coefficient, and over [-1, 1] for the dot product."""
         rows = components.basis.shape[1]
         # A component without variance still needs a bin of some width.
         reach = _REACH * np.sqrt(np.maximum(components.variances[:rows], 1e-12 * max(components.variances[0], 1e-12)))
         high = np.append(reach, 1.0)
-        return cls(-high, high, np.zeros((rows + 1, _BINS), np.int64), np.zeros((rows + 1, _BINS)))
+        return cls(-high, high)
 
-    def accumulate(self, rows: Float[np.ndarray, "n rows"]) -> "Histograms":
-        """Adds examples: each its coefficients, then its dot product."""
+    def count(self, rows: Float[np.ndarray, "n rows"]) -> Histogram:
+        """The histogram of examples, each its coefficients and then its dot product; there may be none."""
         scaled = (rows - self.low) / (self.high - self.low) * _BINS
         bins = np.clip(scaled, 0, _BINS - 1).astype(np.int64)
         flat = (bins + np.arange(len(self.low)) * _BINS).ravel()
-        counts = np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
-        sums = np.bincount(flat, weights=rows.ravel(), minlength=self.counts.size).reshape(self.counts.shape)
-        return self.merge(Histograms(self.low, self.high, counts, sums))
+        shape = (len(self.low), _BINS)
+        counts = np.bincount(flat, minlength=shape[0] * _BINS).reshape(shape)
+        sums = np.bincount(flat, weights=rows.ravel(), minlength=shape[0] * _BINS).reshape(shape)
+        return Histogram(counts, sums.astype(np.float64))  # of no weights NumPy makes integers
 
-    def merge(self, other: "Histograms") -> "Histograms":
-        """The counts and sums of both."""
-        return Histograms(self.low, self.high, self.counts + other.counts, self.sums + other.sums)
+
+@dataclasses.dataclass(frozen=True)
+class Distributions:
+    """What a histogram tells of each row's values.
+
+    Attributes:
+      bins: where its bins lie.
+      histogram: what is in them.
+    """
+
+    bins: Bins
+    histogram: Histogram
 
     def _boundaries(self, row: int) -> Float[np.ndarray, "bounds"]:
-        return np.linspace(self.low[row], self.high[row], _BINS + 1)
+        return np.linspace(self.bins.low[row], self.bins.high[row], _BINS + 1)
 
     def _cumulative(self, row: int) -> Float[np.ndarray, "bounds"]:
-        return np.append(0.0, self.counts[row].cumsum())
+        return np.append(0.0, self.histogram.counts[row].cumsum())
 
     def edges(self, row: int, *, buckets: int, spacing: str, tail: float) -> Float[np.ndarray, "inner"]:
         """The `buckets - 1` boundaries between buckets, ascending.
@@ -172,12 +184,13 @@ class Histograms:
     def shares(self, row: int, edges: Float[np.ndarray, "inner"]) -> Float[np.ndarray, "buckets"]:
         """The share of the values that falls in each bucket."""
         cumulative = np.interp(edges, self._boundaries(row), self._cumulative(row))
-        return np.diff(cumulative, prepend=0, append=self.counts[row].sum()) / self.counts[row].sum()
+        total = self.histogram.counts[row].sum()
+        return np.diff(cumulative, prepend=0, append=total) / total
 
     def values(self, row: int, edges: Float[np.ndarray, "inner"], *, reconstruction: str) -> Float[np.ndarray, "m"]:
         """What each bucket decodes to: its "centre", or the "mean" of the values in it (its centre if none)."""
         boundaries = self._boundaries(row)
-        filled = boundaries[np.flatnonzero(self.counts[row])[[0, -1]] + np.array([0, 1])]
+        filled = boundaries[np.flatnonzero(self.histogram.counts[row])[[0, -1]] + np.array([0, 1])]
         bounds = np.concatenate([[min(filled[0], edges[0])], edges, [max(filled[1], edges[-1])]])
         centres = (bounds[:-1] + bounds[1:]) / 2
         if reconstruction == "centre":
@@ -186,7 +199,7 @@ class Histograms:
             centres[[0, -1]] = edges[0] - width / 2, edges[-1] + width / 2
             return centres
         counts = np.diff(np.interp(bounds, boundaries, self._cumulative(row)))
-        sums = np.diff(np.interp(bounds, boundaries, np.append(0.0, self.sums[row].cumsum())))
+        sums = np.diff(np.interp(bounds, boundaries, np.append(0.0, self.histogram.sums[row].cumsum())))
         means = np.where(counts > 0, sums / np.maximum(counts, 1e-12), centres)
         # Values inside one bin are taken as even, so a mean may stray out of an inner bucket: keep it in.
         means[1:-1] = np.clip(means[1:-1], bounds[1:-2], bounds[2:-1])
@@ -195,7 +208,7 @@ class Histograms:
 
 def statistics(
     components: PrincipalComponents,
-    histograms: Histograms,
+    distributions: Distributions,
     *,
     buckets: int,
     dot_buckets: int,
@@ -211,9 +224,9 @@ def statistics(
     if reconstruction not in ("mean", "centre"):
         raise InputError(f"the quantizer's reconstruction is 'mean' or 'centre', not {reconstruction!r}")
     rows = range(components.basis.shape[1])
-    edges = [histograms.edges(row, buckets=buckets, spacing=spacing, tail=tail) for row in rows]
-    values = [histograms.values(row, edges[row], reconstruction=reconstruction) for row in rows]
-    dot_edges = histograms.edges(-1, buckets=dot_buckets, spacing="uniform", tail=tail)
+    edges = [distributions.edges(row, buckets=buckets, spacing=spacing, tail=tail) for row in rows]
+    values = [distributions.values(row, edges[row], reconstruction=reconstruction) for row in rows]
+    dot_edges = distributions.edges(-1, buckets=dot_buckets, spacing="uniform", tail=tail)
     arrays = {
         "mean": components.mean,
         "basis": components.basis,
@@ -221,13 +234,13 @@ def statistics(
         "edges": np.stack(edges),
         "values": np.stack(values),
         "dot_edges": dot_edges,
-        "dot_probabilities": histograms.shares(-1, dot_edges),
+        "dot_probabilities": distributions.shares(-1, dot_edges),
     }
     return {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
 
 
 def fit(
-    batches: Iterable[tuple[Float[np.ndarray, "_ d"], Float[np.ndarray, "_ d"]]],
+    total: Callable[[Callable[[Any, Any], Any]], Any],
     *,
     components: int,
     buckets: int,
@@ -236,45 +249,53 @@ def fit(
     reconstruction: str = "mean",
     tail: float = 1e-4,
 ) -> Statistics:
-    """Fits the quantizer in two passes over (z_i, z_t).
+    """Fits the quantizer.
 
     Args:
-      batches: pairs of CLIP embeddings [n, d] of unit norm; iterated over twice, so a list or an object whose
-        `__iter__` starts anew, not a generator.
+      total: fn(measure) -> the sum, over all data, of the arrays that `measure(z_i, z_t)` returns; called twice.
+        `measure` takes any number of CLIP embeddings [n, d] of unit norm, none included.
       components: principal components to keep.
       buckets: values of a code.
       dot_buckets: values of the dot-product token.
-      spacing: of the buckets' edges, see `Histograms.edges`; the paper does not say.
-      reconstruction: what a bucket decodes to, see `Histograms.values`.
+      spacing: of the buckets' edges, see `Distributions.edges`; the paper does not say.
+      reconstruction: what a bucket decodes to, see `Distributions.values`.
       tail: share of the values on either side that "uniform" leaves to the outermost buckets.
 
     Returns:
       The statistics, float32.
 
     Raises:
-      InputError: if the batches can be read only once, hold too few embeddings, or an option is unknown.
+      InputError: there are too few embeddings, or one that is not finite, or an option is unknown.
     """
-    if isinstance(batches, Iterator):
-        raise InputError("the quantizer reads its embeddings twice: pass a list or a re-iterable, not a generator")
-    moments: Moments | None = None
-    for z_i, _ in batches:
-        moments = (moments or Moments.empty(z_i.shape[1])).accumulate(z_i)
-    if moments is None:
-        raise InputError("there are no embeddings to fit the quantizer on")
-    basis = PrincipalComponents.of(moments, components=components)
-    histograms = Histograms.empty(basis)
-    for z_i, z_t in batches:
+    basis = PrincipalComponents.of(total(lambda z_i, z_t: Moments.of(z_i)), components=components)
+    bins = Bins.over(basis)
+
+    def measure(z_i, z_t):
         dots = np.einsum("nd,nd->n", z_i, z_t, dtype=np.float64)
-        histograms = histograms.accumulate(np.column_stack([basis.project(z_i), dots]))
+        return bins.count(np.column_stack([basis.project(z_i), dots]))
+
     return statistics(
         basis,
-        histograms,
+        Distributions(bins, total(measure)),
         buckets=buckets,
         dot_buckets=dot_buckets,
         spacing=spacing,
         reconstruction=reconstruction,
         tail=tail,
     )
+
+
+def describe(fitted: Statistics) -> dict[str, float]:
+    """What a fit found: the share of the variance that the components keep, and the rank of the embeddings.
+
+    The rank counts eigenvalues above a billionth of the largest.
+    """
+    variances = np.asarray(fitted["variances"], np.float64)
+    kept = fitted["basis"].shape[1]
+    return {
+        "variance_kept": float(variances[:kept].sum() / variances.sum()),
+        "rank": float((variances > 1e-9 * variances[0]).sum()),
+    }
 
 
 def encode(statistics: Statistics, z_i: Embeddings) -> Int[Array, "b k"]:
@@ -292,8 +313,14 @@ def decode(statistics: Statistics, codes: Int[Array, "b k"]) -> Embeddings:
 
 def reconstruction_error(statistics: Statistics, z_i: Embeddings) -> Float[Array, ""]:
     """The share of the embeddings' variance that encoding and decoding loses: |z - z'|^2 over |z - mean|^2."""
-    lost = jnp.square(z_i - decode(statistics, encode(statistics, z_i))).sum()
-    return lost / jnp.square(z_i - statistics["mean"]).sum()
+    lost, there = lost_variance(statistics, z_i)
+    return lost.sum() / there.sum()
+
+
+def lost_variance(statistics: Statistics, z_i: Embeddings) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """Returns |z - z'|^2 and |z - mean|^2 of each embedding, z' being what its codes stand for."""
+    lost = jnp.square(z_i - decode(statistics, encode(statistics, z_i))).sum(-1)
+    return lost, jnp.square(z_i - statistics["mean"]).sum(-1)
 
 
 def encode_dot(statistics: Statistics, z_i: Embeddings, z_t: Embeddings) -> Int[Array, "b"]:

@@ -6,7 +6,7 @@ checkpoint, the planner and the evaluation job call these and do not know which 
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
@@ -37,6 +37,26 @@ TABLE = {
 
 
 @runtime_checkable
+class OverData(Protocol):
+    """Sums over the training data, the same bits on every host and for any number of hosts."""
+
+    def __call__(
+        self,
+        compute: Callable[[Any, Batch], tuple[jax.Array, ...]],
+        measure: Callable[..., Any],
+        *,
+        limit: int | None = None,
+    ) -> Any:
+        """The sum of what `measure` returns, over all data or about its first `limit` examples.
+
+        Args:
+          compute: fn(frozen, batch) -> arrays with examples along the first axis; compiled, called once per batch.
+          measure: fn(*arrays) -> a tree of NumPy float64 or int64 arrays, of any number of examples, 0 included.
+          limit: examples, rounded up to whole batches.
+        """
+
+
+@runtime_checkable
 class Stage(Protocol):
     """The contract between a stage and everything that drives it.
 
@@ -60,8 +80,12 @@ class Stage(Protocol):
     def init_frozen(self, rng: Key[Array, ""]) -> dict[str, Any]:
         """What the loss needs and never changes: other networks by name, and "statistics" measured of the data."""
 
-    def fit_statistics(self, frozen: Any, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Measures `frozen["statistics"]` before the first step; {} for a stage that has none."""
+    def fit_statistics(self, over_data: OverData) -> tuple[dict[str, Any], dict[str, float]]:
+        """Measures of the data, before the first step, what `frozen["statistics"]` should hold, by name.
+
+        Returns:
+          Arrays for the names that are measured, {} where there are none; and numbers that tell how it went.
+        """
 
     def loss(
         self, params: Params, frozen: Any, batch: Batch, rng: Key[Array, ""], *, train: bool
@@ -70,6 +94,22 @@ class Stage(Protocol):
 
     def predict_fns(self) -> dict[str, Predict]:
         """Named functions of (params, frozen, batch, rng) that evaluators and samplers call."""
+
+
+@runtime_checkable
+class MeasuresVariance(Protocol):
+    """What a stage has besides, if the variance of its reverse steps can be measured (Bao et al. 2022).
+
+    The result stands in `frozen["statistics"]["x_start_variance"]`, float32 [T]; zeros mean that nobody measured it.
+    """
+
+    def x_start_errors(
+        self, params: Params, frozen: Any, batch: Batch, rng: Key[Array, ""]
+    ) -> tuple[Float[Array, "T b"], Float[Array, "b"]]:
+        """The mean square over dimensions of x_start less its prediction, at every original timestep, and of x_start.
+
+        The batch is as `batch_spec` says; nothing is dropped.
+        """
 
 
 def create(config: ConfigDict) -> Stage:
@@ -150,16 +190,16 @@ def normalize(z: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), -1, keepdims=True), 1e-12))
 
 
-def embed_images(clip: CLIP, params: Params, images: UInt8[Array, "b h w 3"]) -> Embeddings:
-    """Returns z_i: normalised CLIP image embeddings of uint8 images, without gradient."""
+def embed_images(clip: CLIP, params: Params, images: UInt8[Array, "b h w 3"], *, unit: bool = True) -> Embeddings:
+    """Returns z_i: CLIP's embeddings of uint8 images, float32, without gradient; of length 1, or as they are."""
     z_i: Any = clip.apply(params, from_uint8(images), method="encode_image")
-    return jax.lax.stop_gradient(normalize(z_i))
+    return jax.lax.stop_gradient(normalize(z_i) if unit else z_i.astype(jnp.float32))
 
 
-def embed_tokens(clip: CLIP, params: Params, tokens: Tokens) -> Embeddings:
-    """Returns z_t: normalised CLIP text embeddings, without gradient."""
+def embed_tokens(clip: CLIP, params: Params, tokens: Tokens, *, unit: bool = True) -> Embeddings:
+    """Returns z_t: CLIP's embeddings of captions, float32, without gradient; of length 1, or as they are."""
     z_t: Any = clip.apply(params, tokens, method="encode_text")
-    return jax.lax.stop_gradient(normalize(z_t))
+    return jax.lax.stop_gradient(normalize(z_t) if unit else z_t.astype(jnp.float32))
 
 
 def negative(clip: CLIP, params: Params, batch: Batch) -> tuple[Tokens, Embeddings] | None:

@@ -1,6 +1,5 @@
 """Stage "clip": contrastive training of the image and text towers (Radford et al., 2021)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -69,8 +68,8 @@ class CLIPStage:
     def init_frozen(self, rng: jax.Array) -> dict[str, Any]:
         return {}
 
-    def fit_statistics(self, frozen: Any, batches: Iterable[base.Batch]) -> dict[str, Any]:
-        return {}
+    def fit_statistics(self, over_data: base.OverData) -> tuple[dict[str, Any], dict[str, float]]:
+        return {}, {}
 
     def loss(self, params, frozen, batch, rng, *, train):
         z_i, z_t, log_scale = self.network.apply(params, from_uint8(batch["clip_image"]), batch["clip_tokens"])

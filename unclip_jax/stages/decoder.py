@@ -5,7 +5,6 @@ The paper's ablations are configs of this stage: without captions (no `model.tex
 only when sampled.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -96,8 +95,8 @@ class DecoderStage:
     def init_frozen(self, rng: jax.Array) -> dict[str, Any]:
         return {"clip": denoising.init_clip(self.clip, rng)} if self.embed_dim else {}
 
-    def fit_statistics(self, frozen: Any, batches: Iterable[base.Batch]) -> dict[str, Any]:
-        return {}
+    def fit_statistics(self, over_data: base.OverData) -> tuple[dict[str, Any], dict[str, float]]:
+        return {}, {}
 
     def _embed(self, frozen: Any, batch: base.Batch) -> Embeddings | None:
         """The CLIP embedding that is there of an example: the decoder's condition in training."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from unclip_jax.arrays import ExampleKeys
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.gaussian import GaussianDiffusion
 from unclip_jax.errors import InputError, nearest
@@ -33,18 +34,30 @@ def process(config: ConfigDict) -> GaussianDiffusion:
 
 
 def sampler(
-    diffusion: GaussianDiffusion, sampling: ConfigDict, *, thresholds: Sequence[str] = THRESHOLDS
+    diffusion: GaussianDiffusion,
+    sampling: ConfigDict,
+    *,
+    thresholds: Sequence[str] = THRESHOLDS,
+    measures_variance: bool = False,
 ) -> Callable[..., Array]:
     """Returns `samplers.sample` as `config.sampling` sets it: a function of (denoise_fn, x_T, keys).
 
+    For a stage whose variance is measured it takes `x_start_variance` besides.
+
     Raises:
-      InputError: an unknown method, timesteps that the process does not have, an eta outside [0, 1], or a threshold
-        that is not one of `thresholds`.
+      InputError: an unknown method, timesteps that the process does not have, an eta outside [0, 1], a threshold that
+        is not one of `thresholds`, or "analytic" where `measures_variance` is False.
     """
     # A number of steps, or a named subset such as "fast27".
     timesteps = int(sampling.timesteps) if sampling.timesteps.isdigit() else sampling.timesteps
     chosen = {"method": sampling.method, "timesteps": timesteps, "eta": sampling.eta}
-    samplers.check(diffusion, **chosen)
+    if sampling.method == "analytic" and not measures_variance:
+        others = sorted(set(samplers.METHODS) - {"analytic"})
+        raise InputError(
+            "config.sampling.method='analytic' is for the diffusion prior, of which the variances can be measured; "
+            f"this stage has {', '.join(others)}"
+        )
+    samplers.check(diffusion, **chosen, x_start_variance=jnp.zeros((diffusion.num_timesteps,)))
     threshold = sampling.get("threshold", "static")
     if threshold not in thresholds:
         raise InputError(
@@ -71,6 +84,33 @@ def loss(
     metrics: base.Metrics = {name: value.mean() for name, value in parts.items()}
     metrics |= base.by_quartile(parts["mse"], t, diffusion.num_timesteps)
     return per_example.mean(), metrics
+
+
+def x_start_errors(
+    diffusion: GaussianDiffusion,
+    denoise: Callable[[Array, Array], Array],
+    x_start: Float[Array, "b *rest"],
+    keys: ExampleKeys,
+) -> Float[Array, "T b"]:
+    """What is not known of x_start at each original timestep: the mean square, over dimensions, of x_start less what
+    `denoise(x_t, t)` says of it, clipped as in sampling.
+
+    Its expectation is the cov_x0 of Analytic-DPM (Bao et al. 2022, theorem 1, written for x_start). An example's noise
+    depends on its key and the timestep only.
+    """
+
+    def at(nothing: None, number: Array) -> tuple[None, Array]:
+        t = jnp.full((x_start.shape[0],), number, jnp.int32)
+        eps = samplers.draw_noise(keys, x_start.shape[1:], step=number)
+        x_t = diffusion.q_sample(x_start=x_start, t=t, eps=eps)
+        predicted, _ = diffusion.split_output(denoise(x_t, t))
+        guess = diffusion.predict_x_start(predicted, x_t=x_t, t=t)
+        if diffusion.clip_x_start is not None:
+            guess = jnp.clip(guess, *diffusion.clip_x_start)
+        return nothing, jnp.square(x_start - guess).mean(axis=tuple(range(1, x_start.ndim)))
+
+    _, errors = jax.lax.scan(at, None, jnp.arange(diffusion.num_timesteps, dtype=jnp.int32))
+    return errors
 
 
 def init_clip(clip: CLIP, rng: Key[Array, ""]) -> base.Params:

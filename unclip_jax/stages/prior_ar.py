@@ -5,7 +5,6 @@ statistics are measured before the first step and kept in the checkpoint. A toke
 front; sampling draws it from the top half of its distribution.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,6 +19,8 @@ from unclip_jax.diffusion.guidance import check_negative
 from unclip_jax.models import quantizer
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.stages import base, denoising
+
+_JUDGED = 4096  # examples on which a fitted quantizer is judged
 
 
 class ARPriorStage:
@@ -73,18 +74,24 @@ class ARPriorStage:
         }
         return {"clip": denoising.init_clip(self.clip, rng), "statistics": statistics}
 
-    def fit_statistics(self, frozen: Any, batches: Iterable[base.Batch]) -> dict[str, Any]:
-        """Fits PCA and the buckets on the embeddings of `batches`, in float64."""
+    def fit_statistics(self, over_data: base.OverData) -> tuple[dict[str, Any], dict[str, float]]:
+        """Fits PCA and the buckets; tells what share of the variance codes lose, on the first of the examples."""
+        n, embed = self.network, self._embed
+        fitted = quantizer.fit(
+            lambda measure: over_data(embed, measure),
+            components=n.components,
+            buckets=n.buckets,
+            dot_buckets=n.dot_buckets,
+        )
 
-        @jax.jit
-        def embed(clip, batch):
-            z_i = base.embed_images(self.clip, clip, batch["clip_image"])
-            return z_i, base.embed_tokens(self.clip, clip, batch["clip_tokens"])
+        def lost(frozen, batch):
+            return quantizer.lost_variance(fitted, embed(frozen, batch)[0])
 
-        embedded = (embed(frozen["clip"], batch) for batch in batches)
-        pairs = [(np.asarray(z_i, np.float64), np.asarray(z_t, np.float64)) for z_i, z_t in embedded]
-        n = self.network
-        return quantizer.fit(pairs, components=n.components, buckets=n.buckets, dot_buckets=n.dot_buckets)
+        def add_up(lost, there):
+            return lost.sum(dtype=np.float64), there.sum(dtype=np.float64)
+
+        lost_sum, there_sum = over_data(lost, add_up, limit=_JUDGED)
+        return fitted, {"reconstruction_error": float(lost_sum / there_sum), **quantizer.describe(fitted)}
 
     def _embed(self, frozen, batch) -> tuple[Embeddings, Embeddings]:
         z_i = base.embed_images(self.clip, frozen["clip"], batch["clip_image"])

@@ -4,7 +4,6 @@ An unconditional diffusion model that sees the degraded low-resolution image, bi
 one. It has no attention, so it trains on crops of a quarter and samples whole images.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -63,8 +62,8 @@ class UpsamplerStage:
     def init_frozen(self, rng: jax.Array) -> dict[str, Any]:
         return {}
 
-    def fit_statistics(self, frozen: Any, batches: Iterable[base.Batch]) -> dict[str, Any]:
-        return {}
+    def fit_statistics(self, over_data: base.OverData) -> tuple[dict[str, Any], dict[str, float]]:
+        return {}, {}
 
     def _denoiser(self, params, low_res: UInt8[Array, "b l l 3"], factor: int, *, train: bool, rngs):
         b, h, w, _ = low_res.shape
