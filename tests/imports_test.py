@@ -27,8 +27,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inputs",),  # what a program reads
     ("train",),
     ("plan", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),
-    ("quickstart_results",),
-    ("quickstart",),  # runs the others
+    ("quickstart_results", "ablation_tables"),
+    ("quickstart", "ablation_cells"),  # quickstart: runs the others
+    ("ablations",),  # so does this
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -244,8 +244,9 @@ def test_predictions_take_what_their_specs_say(case):
             assert made.dtype == np.uint8 and made.shape[0] == 8 and made.shape[1] == made.shape[2]
             assert len(np.unique(made)) > 20
         else:
-            np.testing.assert_allclose(np.linalg.norm(made, axis=-1), 1, atol=1e-5)
             assert made.shape[0] == 8 and made.dtype == np.float32
+            if name != "sample_x_start":  # embeddings
+                np.testing.assert_allclose(np.linalg.norm(made, axis=-1), 1, atol=1e-5)
         if name not in ("loss", "reconstruct"):
             _check_independence(case, name, made, specs[name])
 

@@ -1,5 +1,6 @@
 """Folders as training leaves them, with networks that nobody trained: what draws needs weights, not good ones."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 from small_configs import small
 
 from unclip_jax import checkpoint, unclip
+from unclip_jax import config as configs
 from unclip_jax.stages import base
 from unclip_jax.state import TrainState
 
@@ -23,16 +26,22 @@ def write(folder: pathlib.Path, name: str, *, seed: int = 0, **overrides: Any) -
     if config.get("frozen"):
         with config.unlocked():
             config.frozen.clip = str(folder / "clip")
+    read = {"frozen.clip": checkpoint.fingerprint(drawn(base.create(small("clip")), 0))}
+    save(folder / name, config, seed=seed, extra={"data": read if config.get("frozen") else {}})
+    return folder / name
+
+
+def save(workdir: pathlib.Path, config: ConfigDict, *, seed: int = 0, step: int = 0, extra: Any = None) -> None:
+    """Writes the checkpoint of a step of a run with this config, and its config.json."""
     stage = base.create(config)
     key = jax.random.key(0)
     params = drawn(stage, seed)
     statistics = jax.jit(lambda: stage.init_frozen(key).get("statistics", {}))()
     state = TrainState.create(params, optax.sgd(0.0).init(params), statistics)
-    saver = checkpoint.Checkpointer(folder / name, every_steps=1, keep=1)
-    read = {"frozen.clip": checkpoint.fingerprint(drawn(base.create(small("clip")), 0))}
-    saver.save(state, config=config, extra={"data": read if config.get("frozen") else {}})
+    saver = checkpoint.Checkpointer(workdir, every_steps=1, keep=1)
+    saver.save(dataclasses.replace(state, step=jnp.asarray(step, jnp.int32)), config=config, extra=extra)
     saver.close()
-    return folder / name
+    (workdir / "config.json").write_text(configs.to_json(config))
 
 
 def drawn(stage: base.Stage, seed: int) -> Any:

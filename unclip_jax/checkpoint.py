@@ -151,6 +151,14 @@ def trained_on(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     return _read_meta(absolute(workdir) / FOLDER, step).get("data", {})
 
 
+def measured(workdir: epath.PathLike) -> dict[str, Any]:
+    """Returns how the statistics of the newest step's weights were measured (`replace_statistics`), {} if none were."""
+    directory = absolute(workdir) / FOLDER
+    steps = steps_of(directory)
+    meta = _read_meta(directory, steps[0]) if steps else {}
+    return {name: meta[name] for name in OF_WEIGHTS if name in meta}
+
+
 def load(
     workdir: epath.PathLike,
     abstract: Callable[[ConfigDict], tuple[Any, Any]],

@@ -79,13 +79,15 @@ class UnCLIP:
           models: the folder they come from, for error messages.
           microbatch: images per call of a network; the last call is filled up, so that each network is compiled once.
 
+        `predictor` calls what the parts can predict besides.
+
         Raises:
           InputError: the parts do not fit each other; the first that does not is named.
         """
         self.parts = {name: parts[name] for name in STAGES if name in parts}
         self.models = models
-        self._predictor = Predictor(self.parts, microbatch=microbatch)
-        self.timings, self.microbatch = self._predictor.timings, self._predictor.microbatch
+        self.predictor = Predictor(self.parts, microbatch=microbatch)
+        self.timings, self.microbatch = self.predictor.timings, self.predictor.microbatch
         self._tokenizers: dict[str, Tokenizer] = {}
         parts_lib.check_clip(self.parts)
         parts_lib.check_sizes(self.parts)
@@ -197,13 +199,21 @@ class UnCLIP:
         """Returns z_t, normalised, float32 [n, d]."""
         stage: Any = self.part("clip").stage
         tokens = self.tokenize(captions, "clip", context_length=stage.network.context_length)
-        return self._predictor.run("clip", "z_t", {"clip_tokens": tokens})
+        return self.predictor.run("clip", "z_t", {"clip_tokens": tokens})
 
     def embed_images(self, images: Pixels) -> Vectors:
         """Returns z_i, normalised, float32 [n, d], of images of any size: their central squares, at CLIP's size."""
         stage: Any = self.part("clip").stage
         small = [resize.square(image, size=stage.network.image_size) for image in images]
-        return self._predictor.run("clip", "z_i", {"clip_image": np.stack(small)})
+        return self.predictor.run("clip", "z_i", {"clip_image": np.stack(small)})
+
+    def prior_fields(self, captions: Sequence[str], name: str) -> dict[str, np.ndarray]:
+        """Returns what a prior, named as in STAGES, reads of captions: token ids, int32 [n, …]."""
+        stage: Any = self.part(name).stage
+        return {
+            "clip_tokens": self.tokenize(captions, "clip", context_length=stage.clip.context_length),
+            "tokens": self.tokenize(captions, name, context_length=stage.context_length),
+        }
 
     def sample_prior(
         self,
@@ -232,18 +242,11 @@ class UnCLIP:
         name = PRIORS[prior]
         if name is None:
             return self.embed_text(captions)
-        stage: Any = self.part(name).stage
-
-        def read(captions: Sequence[str]) -> dict[str, np.ndarray]:
-            return {
-                "clip_tokens": self.tokenize(captions, "clip", context_length=stage.clip.context_length),
-                "tokens": self.tokenize(captions, name, context_length=stage.context_length),
-            }
-
-        fields = read(captions)
+        fields = self.prior_fields(captions, name)
         if negative is not None:
-            fields |= {f"negative_{field}": ids for field, ids in read([negative] * len(captions)).items()}
-        return self._predictor.run(name, "sample_z_i", fields, seed=seed, ids=ids, progress=progress)
+            away = self.prior_fields([negative] * len(captions), name)
+            fields |= {f"negative_{field}": tokens for field, tokens in away.items()}
+        return self.predictor.run(name, "sample_z_i", fields, seed=seed, ids=ids, progress=progress)
 
     def decode(
         self,
@@ -281,7 +284,7 @@ class UnCLIP:
             fields |= self._negative_fields(negative, len(captions))
         if not fields and ids is None:  # an unconditional decoder still has to know how many images
             ids = range(len(captions))
-        return self._predictor.run("decoder", "sample", fields, seed=seed, ids=ids, progress=progress)
+        return self.predictor.run("decoder", "sample", fields, seed=seed, ids=ids, progress=progress)
 
     def _negative_fields(self, negative: str, count: int) -> dict[str, np.ndarray]:
         """What the decoder's null branch reads of a negative prompt: all that a caption gives it."""
@@ -303,7 +306,7 @@ class UnCLIP:
         """Returns upsampler -> uint8 images of its size, for each upsampler that is there, in the cascade's order."""
         made = {}
         for name in self.upsamplers:
-            images = self._predictor.run(name, "sample", {"low_res": images}, seed=seed, ids=ids, progress=progress)
+            images = self.predictor.run(name, "sample", {"low_res": images}, seed=seed, ids=ids, progress=progress)
             made[name] = images
         return made
 

@@ -35,7 +35,7 @@ class Condition(NamedTuple):
 
 
 class DiffusionPriorStage:
-    """Trains p(z_i | caption, z_t); predicts `z_i` from captions."""
+    """Trains p(z_i | caption, z_t); predicts `z_i` from captions, and x_start, all candidates as they were drawn."""
 
     splits_batch = True
 
@@ -72,7 +72,8 @@ class DiffusionPriorStage:
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         spec = self.batch_spec(batch_size)
         sample = {name: spec[name] for name in spec if name != "clip_image"}
-        return {"loss": spec, "sample_z_i": sample, "z_i": {"clip_image": spec["clip_image"]}}
+        z_i = {"clip_image": spec["clip_image"]}
+        return {"loss": spec, "sample_z_i": sample, "sample_x_start": sample, "z_i": z_i}
 
     def init(self, rng: jax.Array) -> base.Params:
         z = jnp.zeros((1, self.network.embed_dim))
@@ -148,9 +149,7 @@ class DiffusionPriorStage:
     def _prefix(self, params, condition: Condition, *, dropped: bool = False) -> Any:
         """What the network reads once per caption, or, `dropped`, of its own null in their place."""
         drop = jnp.ones((condition.z_t.shape[0],), bool) if dropped else None
-        return self.network.apply(
-            params, condition.caption, self.space.factor * condition.z_t, drop, method="prefix"
-        )
+        return self.network.apply(params, condition.caption, self.space.factor * condition.z_t, drop, method="prefix")
 
     def _denoise(self, params, x_t, t, prefix) -> Any:
         return self.network.apply(params, prefix, x_t, t, method="denoise")
@@ -162,7 +161,15 @@ class DiffusionPriorStage:
 
         Guidance leads away from `null`: a negative caption, or what `null` returns.
         """
-        n, d = condition.z_t.shape
+        drawn = self.space.leave(self.draw(params, statistics, condition, null, keys), statistics)
+        best = jnp.argmax(jnp.einsum("cbd,bd->cb", base.normalize(drawn), condition.z_t), 0)
+        return drawn[best, jnp.arange(len(best))]
+
+    def draw(
+        self, params: base.Params, statistics: Any, condition: Condition, null: Condition | None, keys: ExampleKeys
+    ) -> Float[Array, "c b d"]:
+        """Returns `sampling.candidates` draws of x_start for each caption, as the sampler leaves them."""
+        d = condition.z_t.shape[1]
         denoiser = classifier_free(
             functools.partial(self._denoise, params),
             self._prefix(params, condition),
@@ -170,14 +177,12 @@ class DiffusionPriorStage:
             scale=self.sampling.guidance_scale,
         )
 
-        def draw(candidate):
+        def one(candidate):
             own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, candidate)
             x_T = samplers.initial_noise(own, (d,))
             return self.sampler(denoiser, x_T, own, x_start_variance=statistics["x_start_variance"])
 
-        drawn = self.space.leave(jax.lax.map(draw, jnp.arange(self.sampling.candidates)), statistics)
-        best = jnp.argmax(jnp.einsum("cbd,bd->cb", base.normalize(drawn), condition.z_t), 0)
-        return drawn[best, jnp.arange(n)]
+        return jax.lax.map(one, jnp.arange(self.sampling.candidates))
 
     def x_start_errors(self, params, frozen, batch, rng) -> tuple[Float[Array, "T b"], Float[Array, "b"]]:
         """See `base.MeasuresVariance`. The caption is read once, as in sampling."""
@@ -195,15 +200,21 @@ class DiffusionPriorStage:
         def loss(params, frozen, batch, rng):
             return self.loss(params, frozen, batch, rng, train=False)
 
-        def sample_z_i(params, frozen, batch, rng):
+        def given(frozen, batch, rng):
             condition = self.condition(frozen, batch)
             null = self._negative(frozen, batch) or self.null(frozen, condition.z_t.shape[0])
-            return self.sample(params, frozen["statistics"], condition, null, base.example_keys(rng, batch))
+            return frozen["statistics"], condition, null, base.example_keys(rng, batch)
+
+        def sample_z_i(params, frozen, batch, rng):
+            return self.sample(params, *given(frozen, batch, rng))
+
+        def sample_x_start(params, frozen, batch, rng):
+            return jnp.swapaxes(self.draw(params, *given(frozen, batch, rng)), 0, 1)
 
         def z_i(params, frozen, batch, rng):
             return self.space.images(frozen["clip"], batch["clip_image"])
 
-        return {"loss": loss, "sample_z_i": sample_z_i, "z_i": z_i}
+        return {"loss": loss, "sample_z_i": sample_z_i, "sample_x_start": sample_x_start, "z_i": z_i}
 
 
 def _where(chosen: Bool[Array, "b"], yes: Array, no: Array) -> Array:
