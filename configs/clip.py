@@ -10,6 +10,11 @@ CLIP: ViT-H/16 with SAM, each replica of 64 pairs for itself; what appendix C do
 from configs import common
 
 
+def _sam(*, rho):
+    """Sharpness-aware minimisation by replicas of 64 pairs (appendix C); a rho of 0 is none."""
+    return {"rho": rho, "pairs": 64, "negatives": "replica"}
+
+
 def _laptop(emoji):
     config = common.base(stage="clip", batch_size=128, steps=1000 if emoji else 400)
     common.laptop(config, emoji=emoji)
@@ -21,13 +26,14 @@ def _laptop(emoji):
         config.evaluation.evaluators += ("zero_shot", "linear_probe")
         config.evaluation.update({"label": "shape", "templates": ("a {}", "a small {}", "a large {}")})
         config.evaluation.probe_examples = 2000
+    config.sam = _sam(rho=0.0)
     return config
 
 
 def _paper():
     config = common.pod(common.base(stage="clip", batch_size=32768, steps=390_000))  # 12.8 billion pairs
     config.model = {**common.clip_paper(), "remat": True, "logit_scale_max": 100.0}
-    config.sam = {"rho": 0.1, "pairs": 64, "negatives": "replica"}
+    config.sam = _sam(rho=0.1)
     config.optim.update({"learning_rate": 3e-4, "schedule": "cosine", "weight_decay": 0.2, "beta2": 0.98, "eps": 1e-6})
     config.optim.update(common.durations(warmup_steps=2000))
     config.evaluation.update({"evaluators": ("loss", "retrieval"), "examples": 4096, "batch_size": 1024})
@@ -42,6 +48,7 @@ def _small():
     config.optim.update(common.durations(warmup_steps=2000))
     config.evaluation.evaluators = ("loss", "retrieval")
     config.evaluation.update(_measures())
+    config.sam = _sam(rho=0.0)
     return config
 
 

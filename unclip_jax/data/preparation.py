@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from etils import epath
+
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
@@ -25,8 +27,8 @@ def write_once(builder: "tfds.core.DatasetBuilder") -> str:
     """Writes all splits of a builder, unless they are there, and returns their directory.
 
     TFDS writes into a directory of another name and renames it last: where the returned directory exists, it is
-    whole. An interrupted preparation leaves at most `incomplete.<...>_<version>`, which the next one does not read.
-    Only writing imports TensorFlow.
+    whole. Of several processes that write at the same time the first one wins. An interrupted preparation leaves at
+    most `incomplete.<...>_<version>`, which the next one does not read. Only writing imports TensorFlow.
     """
     with quiet():
         if builder.is_prepared():
@@ -38,7 +40,11 @@ def write_once(builder: "tfds.core.DatasetBuilder") -> str:
             tfds.disable_progress_bar()
         # TFDS prints that it downloads, which it does not.
         with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(file_format="array_record")
+            try:
+                builder.download_and_prepare(file_format="array_record")
+            except FileExistsError:  # another process was as far in the meantime; what is there is whole
+                if not (epath.Path(builder.data_path) / "dataset_info.json").exists():
+                    raise
     return str(builder.data_path)
 
 
