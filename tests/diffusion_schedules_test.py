@@ -49,6 +49,13 @@ def test_an_impossible_schedule_is_refused(name, num_timesteps, sentence):
         schedules.betas(name, num_timesteps)
 
 
+def test_64_even_steps_are_the_trajectory_of_analytic_dpm():
+    """Bao et al. 2022 count timesteps from 1 and spread them as round(1 + k (N - 1) / (K - 1))."""
+    theirs = [round(1 + k * 999 / 63) for k in range(64)]
+    assert theirs[:4] == [1, 17, 33, 49] and theirs[-3:] == [968, 984, 1000]
+    assert (schedules.sampling_timesteps(1000, 64)[::-1] + 1).tolist() == theirs
+
+
 def test_fast27_is_glides_subset():
     steps = schedules.sampling_timesteps(1000, "fast27")
     assert len(steps) == 27 and steps.dtype == np.int32

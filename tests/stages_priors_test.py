@@ -187,6 +187,29 @@ def test_errors_of_a_known_denoiser_are_its_posterior_variance_at_every_timestep
     np.testing.assert_allclose(alone[:, 0], errors[:, 7], rtol=1e-5)
 
 
+def test_what_was_measured_gives_samples_the_variance_of_the_data():
+    """N(0, 17.2^2 / 1024) in 64 of 1,000 cosine steps: exact variances give 0.9999 of it, beta~ 0.9021."""
+    variance, shape = 17.2**2 / 1024, (256, 256)
+    process = denoising.process(small("prior_diffusion").diffusion)
+    denoise = gaussian_denoiser(process, variance)
+
+    @jax.jit
+    def ratios(data_key, keys, noise_keys):
+        x_start = np.sqrt(variance) * jax.random.normal(data_key, (64, 256))
+        measured = denoising.x_start_errors(process, denoise, x_start, keys).mean(1)
+        x_T = samplers.initial_noise(noise_keys, shape[1:])
+        draw = functools.partial(samplers.sample, process, denoise, x_T, noise_keys, timesteps=64)
+        analytic = draw(method="analytic", x_start_variance=measured)
+        return jnp.square(analytic).mean() / variance, jnp.square(draw(method="ddpm")).mean() / variance
+
+    analytic, small_variance = ratios(
+        jax.random.key(1), jax.random.split(jax.random.key(2), 64), jax.random.split(jax.random.key(3), shape[0])
+    )
+    # The mean of 65,536 squares has a deviation of 0.55%.
+    assert analytic == pytest.approx(0.9999, abs=0.02)
+    assert small_variance == pytest.approx(0.9021, abs=0.02)
+
+
 def test_errors_are_those_of_clipped_predictions():
     process = denoising.process(small("prior_diffusion", diffusion__clip_x_start=0.5).diffusion)
     keys = jax.random.split(jax.random.key(2), 2)
