@@ -114,8 +114,11 @@ class Run:
         """Returns the newest whole checkpoint's state, or a new one at step 0."""
         restored = self.saver.restore(self.program.state)
         if restored is None:
+            measured = self._measured()  # while there is no state yet: it takes memory, too
             state = self.program.init(jax.random.key(self.config.seed))
-            state = self._measured(state)
+            if measured:
+                state = dataclasses.replace(state, statistics={**state.statistics, **measured})
+                self.saver.save(state, config=self.config, extra={"data": self.fingerprint})
             _overview(state.params)
             return state
         state, meta = restored
@@ -130,8 +133,8 @@ class Run:
         _LOG.info("resuming %s at step %d", self.workdir, int(state.step))
         return state
 
-    def _measured(self, state: TrainState) -> TrainState:
-        """Returns the first state with what its stage measures of the data, saved as step 0 if that is anything."""
+    def _measured(self) -> dict[str, jax.Array]:
+        """Returns what the stage measures of the data before its first step, placed as in the state."""
         over_data = fitting.OverData(
             functools.partial(self.input.fitting, batch_size=fitting.CHUNK),
             self.frozen,
@@ -141,16 +144,12 @@ class Run:
             stop=self.stopping.now,
         )
         fitted, told = self.program.stage.fit_statistics(over_data)
-        if not fitted:
-            return state
+        if fitted:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in told.items())
+            _LOG.info("measured of %d examples: %s", self.config.fit_examples, shown)
         # Hosts' own linear algebra may round otherwise.
         fitted = fitting.from_host(0, jax.tree.map(np.asarray, fitted))
-        placed = {name: jax.device_put(x, self.program.state.statistics[name].sharding) for name, x in fitted.items()}
-        state = dataclasses.replace(state, statistics={**state.statistics, **placed})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in told.items())
-        _LOG.info("measured of %d examples: %s", self.config.fit_examples, shown)
-        self.saver.save(state, config=self.config, extra={"data": self.fingerprint})
-        return state
+        return {name: jax.device_put(x, self.program.state.statistics[name].sharding) for name, x in fitted.items()}
 
     def run(self) -> int:
         """Trains to the end; returns an exit code."""
