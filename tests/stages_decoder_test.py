@@ -29,6 +29,7 @@ KINDS: dict[str, dict] = {
     "text": {"condition": "text"},
     "text_alone": {"condition": "text", "model__text": None},
     "image_alone": {"model__text": None},
+    "karlo": {"model__text": None, "model__caption": "clip", "model__null_clip": "learned"},
 }
 
 
@@ -59,7 +60,7 @@ def conditions(monkeypatch):
 
 def test_captions_and_embeddings_are_dropped_independently_half_and_a_tenth_of_the_time(monkeypatch, conditions):
     stage = stage_of("unclip", drop__text=0.5, drop__clip=0.1)
-    monkeypatch.setattr(base, "embed_images", lambda clip, params, images: jnp.zeros((len(images), 16)))
+    monkeypatch.setattr(base, "embed_images", lambda clip, params, images, unit: jnp.zeros((len(images), 16)))
     count = 4000
     image = jnp.zeros((count, SIDE, SIDE, 3), jnp.uint8)
     batch = {"image": image, "clip_image": image, "tokens": jnp.zeros((count, 24), jnp.int32)}
@@ -90,7 +91,7 @@ def test_a_text_embedding_decoder_is_trained_on_z_t_and_reconstructs_from_it(kin
     z_t = base.embed_tokens(stage.clip, frozen["clip"], batch["clip_tokens"])
     np.testing.assert_allclose(conditions(stage, frozen, batch)[1], z_t, atol=1e-6)
     read: list = []
-    monkeypatch.setattr(stage, "sample", lambda params, z_i, *others: read.append(z_i) or jnp.zeros((4, SIDE, SIDE, 3)))
+    monkeypatch.setattr(stage, "sample", lambda p, f, z_i, *others: read.append(z_i) or jnp.zeros((4, SIDE, SIDE, 3)))
     stage.predict_fns()["reconstruct"]({}, frozen, batch, jax.random.key(0))
     np.testing.assert_allclose(read[0], z_t, atol=1e-6)
 
@@ -140,7 +141,7 @@ def test_guidance_leaves_embedding_and_caption_and_steers_eps_alone():
     params = untrained_models.drawn(stage, 0)
     tokens, _, z_i, _, keys = inputs()
     eps, v_range = (
-        jax.jit(lambda c=channels: once(stage, channels=c).sample(params, z_i, tokens, keys))()
+        jax.jit(lambda c=channels: once(stage, channels=c).sample(params, {}, z_i, tokens, keys))()
         for channels in (slice(0, 3), slice(3, 6))
     )
     x_T = samplers.initial_noise(keys, (SIDE, SIDE, 3))
@@ -165,7 +166,7 @@ def test_to_swap_prompt_and_negative_prompt_is_to_mirror_the_scale(kind):
         # The null branch has an embedding only where embeddings are of texts.
         z = (z_to, z_away)[::order] if stage.embed_dim and stage.condition == "text" else (None, None)
         out = jax.jit(lambda s=stage, p=params, z=z, w=words, k=keys: s.sample(
-            p, z[0], w[0], k, negative_tokens=w[1], negative_z_t=z[1]
+            p, {}, z[0], w[0], k, negative_tokens=w[1], negative_z_t=z[1]
         ))()  # fmt: skip
         made.append(out)
     np.testing.assert_allclose(*made, atol=2e-4)
@@ -187,7 +188,7 @@ def test_without_an_embedding_it_is_dropped_from_the_conditional_branch_too():
     stage = once(stage_of("unclip", sampling__guidance_scale=1.0))
     params = untrained_models.drawn(stage, 0)
     tokens, _, z_i, _, keys = inputs()
-    alone = jax.jit(lambda: stage.sample(params, None, tokens, keys))()
+    alone = jax.jit(lambda: stage.sample(params, {}, None, tokens, keys))()
     x_T, t = samplers.initial_noise(keys, (SIDE, SIDE, 3)), jnp.full((3,), 500, jnp.int32)
     wanted = jax.jit(stage.network.apply)(params, x_T, t, tokens, z_i, jnp.zeros(3, bool), jnp.ones(3, bool))
     np.testing.assert_allclose(alone, wanted[..., :3], atol=2e-4)
@@ -224,3 +225,32 @@ def test_a_config_that_cannot_be_is_refused(changes, said):
         base.create(small("decoder", **changes))
     with pytest.raises(InputError, match="'dynamic'.* is not one of this stage"):
         base.create(small("prior_diffusion", sampling__threshold="dynamic"))
+
+
+def test_a_caption_that_clip_reads_is_its_states_and_a_dropped_one_those_of_the_empty_caption(conditions):
+    stage = stage_of("karlo", drop__text=0.5)
+    frozen, batch = frozen_of(stage), batch_of(stage, count=16)
+    caption, _, drop_text, _ = conditions(stage, frozen, batch)
+    empty = jnp.zeros_like(batch["tokens"]).at[:, :2].set(jnp.array([stage.vocab_size - 2, stage.vocab_size - 1]))
+    _, read = stage.clip.apply(frozen["clip"], batch["tokens"], method="read_text")
+    _, nothing = stage.clip.apply(frozen["clip"], empty, method="read_text")
+    own = [bool(jnp.array_equal(states, mine)) for states, mine in zip(caption.states, read, strict=True)]
+    hidden = [bool(jnp.array_equal(states, none)) for states, none in zip(caption.states, nothing, strict=True)]
+    assert drop_text is None and 0 < sum(hidden) < 16
+    assert np.logical_or(own, hidden).all() and 0 < sum(own) < 16
+    # [start] words [end] may be looked at, padding may not.
+    lengths = 1 + np.argmax(np.asarray(batch["tokens"]) == stage.vocab_size - 1, axis=1)
+    np.testing.assert_array_equal(caption.seen.sum(1), np.where(hidden, 2, lengths))
+
+
+def test_karlos_decoder_samples_from_captions_that_clip_reads():
+    stage = stage_of("karlo", sampling__guidance_scale=2.0)
+    frozen, params = frozen_of(stage), untrained_models.drawn(stage, 0)
+    batch = batch_of(stage, "sample")
+    sample = jax.jit(stage.predict_fns()["sample"])
+    plain = sample(params, frozen, batch, jax.random.key(0))
+    other = sample(params, frozen, {**batch, "tokens": batch["tokens"][::-1]}, jax.random.key(0))
+    assert plain.shape == (4, SIDE, SIDE, 3) and (plain != other).any()
+    empty = jnp.zeros_like(batch["tokens"]).at[:, :2].set(jnp.array([stage.vocab_size - 2, stage.vocab_size - 1]))
+    negative = sample(params, frozen, {**batch, "negative_tokens": empty}, jax.random.key(0))
+    np.testing.assert_array_equal(plain, negative)

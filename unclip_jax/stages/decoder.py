@@ -2,20 +2,21 @@
 
 The paper's ablations are configs of this stage: without captions (no `model.text`), without CLIP embeddings
 (`model.embed_dim` 0, which is GLIDE), or on text embeddings in place of image embeddings, in training (`condition`) or
-only when sampled.
+only when sampled. Karlo's decoder is one, too: with `model.caption` "clip" captions are read by the frozen CLIP.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens, from_uint8, to_uint8
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import check_negative, classifier_free
 from unclip_jax.errors import InputError
+from unclip_jax.models.captions import EncodedCaption, empty_caption, valid_tokens
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.stages import base, denoising
 
@@ -47,10 +48,14 @@ class DecoderStage:
         text = config.model.get("text")
         self.context_length = text.context_length if text else 0
         self.vocab_size = text.vocab_size if text else 0
-        if self.embed_dim:
+        self.clip_reads = self.network.caption == "clip"
+        self.unit = config.get("embedding", {}).get("norm", "unit") == "unit"
+        if self.embed_dim or self.clip_reads:
             self.clip = base.clip_network(config)
-            if self.condition == "text":
-                self.vocab_size = self._shared_vocabulary()
+        if self.embed_dim and self.condition == "text":
+            self.vocab_size = self._shared_vocabulary()
+        if self.clip_reads:
+            self.context_length, self.vocab_size = self.clip.context_length, self.clip.vocab_size
 
     def _shared_vocabulary(self) -> int:
         """Captions reach CLIP and the text encoder by one tokenizer."""
@@ -88,12 +93,16 @@ class DecoderStage:
 
     def init(self, rng: jax.Array) -> base.Params:
         image = jnp.zeros((1, self.side, self.side, 3))
-        tokens = jnp.zeros((1, self.context_length), jnp.int32) if self.context_length else None
-        z_i = jnp.zeros((1, self.embed_dim)) if self.embed_dim else None
-        return self.network.init(rng, image, jnp.zeros((1,), jnp.int32), tokens, z_i)
+        caption: Any = jnp.zeros((1, self.context_length), jnp.int32) if self.context_length else None
+        z_i, z_t = jnp.zeros((1, self.embed_dim)) if self.embed_dim else None, None
+        if self.clip_reads:
+            shape = (1, self.context_length)
+            caption = EncodedCaption(jnp.zeros((*shape, self.clip.text_width)), jnp.ones(shape, bool))
+            z_t = jnp.zeros((1, self.clip.embed_dim))
+        return self.network.init(rng, image, jnp.zeros((1,), jnp.int32), caption, z_i, z_t=z_t)
 
     def init_frozen(self, rng: jax.Array) -> dict[str, Any]:
-        return {"clip": denoising.init_clip(self.clip, rng)} if self.embed_dim else {}
+        return {"clip": denoising.init_clip(self.clip, rng)} if self.embed_dim or self.clip_reads else {}
 
     def fit_statistics(self, over_data: base.OverData) -> tuple[dict[str, Any], dict[str, float]]:
         return {}, {}
@@ -103,8 +112,18 @@ class DecoderStage:
         if not self.embed_dim:
             return None
         if self.condition == "text":
-            return base.embed_tokens(self.clip, frozen["clip"], batch["clip_tokens"])
-        return base.embed_images(self.clip, frozen["clip"], batch["clip_image"])
+            return base.embed_tokens(self.clip, frozen["clip"], batch["clip_tokens"], unit=self.unit)
+        return base.embed_images(self.clip, frozen["clip"], batch["clip_image"], unit=self.unit)
+
+    def _caption(self, frozen: Any, tokens: Any, dropped: Bool[Array, "b"]) -> tuple[Any, Any, Any]:
+        """Returns caption, `drop_text` and z_t that the network is to be given, to hide captions where `dropped`."""
+        if not self.clip_reads:
+            return tokens, dropped if self.context_length else None, None
+        tokens = jnp.where(dropped[:, None], empty_caption(self.context_length, self.vocab_size), tokens)
+        read: Any = self.clip.apply(frozen["clip"], tokens, method="read_text")
+        z_t, states = jax.lax.stop_gradient(read)
+        seen = valid_tokens(tokens, eot=self.vocab_size - 1)
+        return EncodedCaption(states, seen), None, base.normalize(z_t) if self.unit else z_t
 
     def loss(self, params, frozen, batch, rng, *, train):
         drop_rng, noise_rng, dropout_rng = jax.random.split(rng, 3)
@@ -114,17 +133,19 @@ class DecoderStage:
         # Independent drops: 10% of the embeddings, 50% of the captions (section 2.1).
         text_rng, clip_rng = jax.random.split(drop_rng)
         drop_text, drop_clip = base.drop(text_rng, self.drop.text, n), base.drop(clip_rng, self.drop.clip, n)
+        caption, drop_text, z_t = self._caption(frozen, batch.get("tokens"), drop_text)
 
         def denoise(x_t, t):
             return self.network.apply(
                 params,
                 x_t,
                 t,
-                batch.get("tokens"),
+                caption,
                 z_i,
-                drop_text if self.context_length else None,
+                drop_text,
                 drop_clip if self.embed_dim else None,
                 deterministic=not train,
+                z_t=z_t,
                 rngs={"dropout": dropout_rng},
             )
 
@@ -133,6 +154,7 @@ class DecoderStage:
     def sample(
         self,
         params: base.Params,
+        frozen: Any,
         z_i: Embeddings | None,
         tokens: Tokens | None,
         keys: ExampleKeys,
@@ -145,6 +167,7 @@ class DecoderStage:
 
         Args:
           params: weights.
+          frozen: the CLIP that reads captions, where one does.
           z_i: CLIP embeddings, of images, or of texts where `condition` says so.
           tokens: captions.
           keys: one per example.
@@ -161,10 +184,11 @@ class DecoderStage:
             check_negative(self.sampling.guidance_scale)
 
         def condition(words, z):
-            nothing = jnp.zeros((n, self.context_length), jnp.int32), jnp.zeros((n, self.embed_dim))
-            dropped = (jnp.full((n,), part is None) for part in (words, z))
-            kept = (blank if part is None else part for part, blank in zip((words, z), nothing, strict=True))
-            return self.network.apply(params, *kept, *dropped, method="condition")
+            blank = jnp.zeros((n, self.context_length), jnp.int32)
+            no_words, no_z = jnp.full((n,), words is None), jnp.full((n,), z is None)
+            caption, drop_text, z_t = self._caption(frozen, blank if words is None else words, no_words)
+            embedding = jnp.zeros((n, self.embed_dim)) if z is None else z
+            return self.network.apply(params, caption, embedding, drop_text, no_z, z_t, method="condition")
 
         def denoise(x_t, t, conditioning):
             return self.network.apply(params, x_t, t, conditioning, method="denoise")
@@ -189,6 +213,7 @@ class DecoderStage:
         def sample(params, frozen, batch, rng):
             images = self.sample(
                 params,
+                frozen,
                 batch.get("z_i"),
                 batch.get("tokens"),
                 base.example_keys(rng, batch),
@@ -199,6 +224,6 @@ class DecoderStage:
 
         def reconstruct(params, frozen, batch, rng):
             z_i = self._embed(frozen, batch)
-            return to_uint8(self.sample(params, z_i, batch.get("tokens"), base.example_keys(rng, batch)))
+            return to_uint8(self.sample(params, frozen, z_i, batch.get("tokens"), base.example_keys(rng, batch)))
 
         return {"loss": loss, "sample": sample, "reconstruct": reconstruct}
