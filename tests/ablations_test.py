@@ -129,12 +129,25 @@ def test_differences_are_taken_caption_by_caption():
 
 
 def test_cells_are_averaged_over_seeds():
-    cells = [_cell([1.0, 0.0], cosine=[0.9, 0.7], norm=[1.0, 1.2], variance=0.8), _cell([1.0, 1.0], cosine=[0.7, 0.7],
-             norm=[1.0, 1.0], variance=1.0)]  # fmt: skip
+    cells = [_cell([1.0, 0.0], cosine=[0.9, 0.7], norm=[1.0, 1.2], spread=0.8), _cell([1.0, 1.0], cosine=[0.7, 0.7],
+             norm=[1.0, 1.0], spread=1.0)]  # fmt: skip
     made = ablation_tables.combine(cells)
     assert made["both"][0] == 0.75 and made["both"][1] == pytest.approx(1.96 * np.std([1, 0.5], ddof=1) / np.sqrt(2))
     assert made["cosine"][0] == pytest.approx(0.75) and made["norm"][0] == pytest.approx(1.05)
-    assert made["variance"] == [pytest.approx(0.9)]
+    assert made["spread"] == [pytest.approx(0.9)] and "variance" not in made
+
+
+@pytest.mark.parametrize(("deviation", "spread"), [(0.2, 1.0), (0.1, 0.4), (0.4, 1.6)])
+def test_draws_that_are_as_the_truth_have_its_length_variance_and_spread(deviation, spread):
+    """The truth is N(m, 0.2^2) about the mean m of its caption; draws of deviation s have 2 s^2 / (s^2 + 0.2^2)."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(4000, 1, 30))
+    true = means[:, 0] + 0.2 * rng.normal(size=(4000, 30))
+    drawn = means + deviation * rng.normal(size=(4000, 2, 30))
+    found = ablation_cells.spread_of(drawn, true)
+    assert found["spread"] == pytest.approx(spread, rel=0.02)
+    assert found["variance"] == pytest.approx((1 + deviation**2) / (1 + 0.2**2), rel=0.02)
+    np.testing.assert_allclose(found["norm"], np.sqrt(np.square(drawn[:, 0]).sum(1)), rtol=1e-6)
 
 
 def test_the_best_of_each_label_is_marked_and_ordered():

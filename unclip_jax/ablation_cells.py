@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from jaxtyping import Float
 
 from unclip_jax import checkpoint, generate, metrics, programs, unclip
 from unclip_jax import quickstart_results as results
@@ -40,7 +41,8 @@ class Setting:
       embedding: one of EMBEDDINGS.
       guidance_scale: of the decoder.
       method, timesteps: how the diffusion prior is sampled; "" where there is none.
-      candidates: draws of the prior, of which the one nearest to z_t is kept; 0 is its config's.
+      candidates: draws of the prior, of which the one nearest to z_t is kept, or the first where variances are
+        compared; 0 is its config's.
     """
 
     table: str
@@ -164,9 +166,7 @@ class Studio:
         """Returns a cell's result.
 
         It holds "verdicts", name of VERDICTS -> one number from 0 to 1 for each caption. With a prior there is "cosine"
-        to the true z_i; with draws of the diffusion prior that none is chosen from also "norm", their lengths before
-        they are normalised, where that of a true z_i is 1, and "variance", the sum of their coordinates' variances
-        over that of true ones.
+        to the true z_i; where variances are compared also what `spread_of` says.
         """
         z_i, numbers = self._embed(setting, seed)
         sampling = {"guidance_scale": setting.guidance_scale}
@@ -184,21 +184,36 @@ class Studio:
             return self._model().embed_text(self.captions), {}
         model = self._model(name=setting.prior, folder=setting.prior, sampling=setting.prior_sampling)
         numbers = {}
-        if setting.prior == "prior_diffusion" and setting.candidates == 1:
+        if setting.table == "variances":
             drawn = self._unnormalised(model, seed)
-            length = np.linalg.norm(drawn, axis=1)
-            z_i = drawn / length[:, None]
-            variance = float(drawn.var(0).sum() / self._true.var(0).sum())
-            numbers = {"norm": length.tolist(), "variance": variance}
+            numbers = spread_of(drawn, self._true)
+            z_i = drawn[:, 0] / np.linalg.norm(drawn[:, 0], axis=1, keepdims=True)
         else:
             z_i = model.sample_prior(self.captions, prior=setting.embedding, seed=seed)
         return z_i, {"cosine": (z_i * self._true).sum(1).tolist(), **numbers}
 
     def _unnormalised(self, model: unclip.UnCLIP, seed: int) -> np.ndarray:
-        """What the diffusion prior's sampler leaves, in units in which a true z_i has length 1."""
+        """What the diffusion prior's sampler leaves, [n, 2, d], in units in which a true z_i has length 1."""
         stage: Any = model.part("prior_diffusion").stage
         fields = model.prior_fields(self.captions, "prior_diffusion")
-        return model.predictor.run("prior_diffusion", "sample_x_start", fields, seed=seed)[:, 0] / stage.space.factor
+        return model.predictor.run("prior_diffusion", "sample_x_start", fields, seed=seed) / stage.space.factor
+
+
+def spread_of(drawn: Float[np.ndarray, "n 2 d"], true: Float[np.ndarray, "n d"]) -> dict[str, Any]:
+    """Measures two draws of an embedding for each caption, not normalised, beside the true ones.
+
+    Returns:
+      norm: lengths of the first draws; those of true ones are 1.
+      variance: the sum of the first draws' variances by coordinate, over that of the true ones.
+      spread: the mean squared distance of two draws over that of a draw and the true embedding, which is 1 where
+        draws have the distribution of the truth, whatever that is: then the two pairs are alike.
+    """
+    first, second = drawn[:, 0], drawn[:, 1]
+    return {
+        "norm": np.linalg.norm(first, axis=1).tolist(),
+        "variance": float(first.var(0).sum() / true.var(0).sum()),
+        "spread": float(np.square(first - second).sum(1).mean() / np.square(first - true).sum(1).mean()),
+    }
 
 
 def verdicts(images: np.ndarray, captions: Sequence[str]) -> dict[str, list[float]]:

@@ -21,15 +21,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def combine(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns a setting's numbers from its cells, one a seed: name -> [mean, half width]; of a variance the mean."""
+    """Returns a setting's numbers from its cells, one a seed: name -> [mean, half width], or [mean] alone."""
     made: dict[str, Any] = {
         name: list(interval(np.array([cell["verdicts"][name] for cell in cells]))) for name in VERDICTS
     }
     for name in ("cosine", "norm"):
         if name in cells[0]:
             made[name] = list(interval(np.array([cell[name] for cell in cells])))
-    if "variance" in cells[0]:
-        made["variance"] = [float(np.mean([cell["variance"] for cell in cells]))]
+    for name in ("variance", "spread"):
+        if name in cells[0]:
+            made[name] = [float(np.mean([cell[name] for cell in cells]))]
     return made
 
 
@@ -71,18 +72,13 @@ def priors_table(rows: Sequence[Mapping[str, Any]], *, reference: str) -> list[s
 def variances_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lays out what each variance of the diffusion prior's sampler gives, by steps, as lines of Markdown."""
     lines = [
-        "| variance | steps | cosine to true z_i | length (true 1) | variance (true 1) | colour % | shape % | both % |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variance | steps | cosine | length | variance | spread | colour % | shape % | both % |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [
-            row["label"],
-            row["timesteps"],
-            _number(row["cosine"]),
-            _number(row["norm"]),
-            f"{row['variance'][0]:.3f}",
-        ]
-        lines.append(f"| {' | '.join([*cells, *(_percent(row[name]) for name in VERDICTS)])} |")
+        numbers = [_number(row["cosine"]), _number(row["norm"]), f"{row['variance'][0]:.3f}", f"{row['spread'][0]:.3f}"]
+        cells = [row["label"], row["timesteps"], *numbers, *(_percent(row[name]) for name in VERDICTS)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
