@@ -21,7 +21,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from unclip_jax import ablation_cells, ablation_tables, checkpoint, jobs, programs, training_jobs
 from unclip_jax import config as configs
@@ -205,29 +207,30 @@ def run(options: Options) -> int:
 
 
 def _work(options: Options, runner: jobs.Runner, *, parts: int) -> tuple[int, dict[str, Any]]:
-    """Trains, draws and scores; returns an exit code and the figures."""
+    """Renders, trains, draws and scores; returns an exit code and the figures."""
     workdir = options.workdir
     values = {name: overrides(name, options) for name in PARTS}
     data = configs.load(spec("clip"), values["clip"]).data
-    training = [training_jobs.rendering(data, workdir=workdir)]
-    training += [
-        training_jobs.training(name, spec(name), values[name], workdir=workdir, cache=options.cache) for name in PARTS
-    ]
-    code = runner.run([*training, statistics_job(options)])
+    rendering = training_jobs.rendering(data, workdir=workdir)
+    code = runner.run([rendering])
     if code != programs.DONE:
         return code, {}
-    directory = datasets.prepare(data.dataset, data_dir=options.data_dir, variant=data.variant)
     plan = Plan(
-        directory=directory,
+        directory=datasets.prepare(data.dataset, data_dir=options.data_dir, variant=data.variant),
         captions=options.captions,
         seeds=tuple(range(options.seed, options.seed + options.seeds)),
         batch_size=4 if options.smoke else 50,
         settings=settings(options),
     )
+    items = ablation_cells.pictures(plan)  # before training, for there may not be so many
     plan.write(workdir)
-    items = ablation_cells.pictures(plan)
-    captions = [item.caption for item in items]
-    code = runner.run(cell_jobs(plan, captions, parts=parts, options=options))
+    training = [
+        training_jobs.training(name, spec(name), values[name], workdir=workdir, cache=options.cache) for name in PARTS
+    ]
+    code = runner.run([rendering, *training, statistics_job(options)])
+    if code == programs.DONE:
+        captions = [item.caption for item in items]
+        code = runner.run(cell_jobs(plan, captions, parts=parts, options=options))
     return code, figures_of(plan, items, options) if code == programs.DONE else {}
 
 
@@ -264,14 +267,23 @@ def figures_of(plan: Plan, items: Sequence[results.Render], options: Options) ->
     }
 
 
-def _budget(config: Any) -> dict[str, Any]:
-    keys = {"steps": configs.total_steps(config), "batch_size": config.batch_size, "seed": config.seed}
-    return {**keys, "drop": config.get("drop", {}) and config.drop.to_dict()}
+def _budget(config: ConfigDict) -> dict[str, Any]:
+    weights = jax.eval_shape(base.create(config).init, jax.random.key(0))
+    return {
+        "steps": configs.total_steps(config),
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
+        "drop": config.drop.to_dict() if "drop" in config else {},
+    }
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
     """Returns the tables with what one must know to read them."""
-    budgets = "; ".join(f"{name} {part['steps']} x {part['batch_size']}" for name, part in figures["parts"].items())
+    budgets = "; ".join(
+        f"{name} {part['steps']} x {part['batch_size']} ({part['parameters'] / 1e3:.0f}k parameters)"
+        for name, part in figures["parts"].items()
+    )
     found = ", ".join(f"{label} {100 * both:.1f}" for label, both in ablation_tables.order(figures["priors"]))
     chance = ", ".join(f"{name} {100 * figures['chance'][name]:.1f}" for name in ablation_tables.VERDICTS)
     lines = [
