@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from unclip_jax.models.attention import attend
+
 _AXES = {  # role of a dense layer -> axes of its [in, out] kernel
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
@@ -158,9 +160,12 @@ class GroupNorm(nn.Module):
         mean = wide.mean(space).reshape(x.shape[0], groups, -1).mean(-1)
         square = jnp.square(wide).mean(space).reshape(x.shape[0], groups, -1).mean(-1)
         rstd = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.epsilon)
+        # To channels by a product with zeros and ones: XLA would do any other repetition again for each pixel.
+        member = jnp.repeat(jnp.eye(groups), channels // groups, axis=-1)
+        rstd, mean = jnp.matmul(jnp.stack([rstd, mean]), member, precision=jax.lax.Precision.HIGHEST)
         per_channel = (x.shape[0],) + (1,) * len(space) + (channels,)
-        multiplier = jnp.repeat(rstd, channels // groups, axis=-1) * scale
-        offset = bias - jnp.repeat(mean, channels // groups, axis=-1) * multiplier
+        multiplier = rstd * scale
+        offset = bias - mean * multiplier
         if modulate is not None and shift is not None:
             gain = 1.0 + modulate.astype(jnp.float32)
             multiplier, offset = multiplier * gain, offset * gain + shift.astype(jnp.float32)
@@ -258,7 +263,7 @@ class Attention(nn.Module):
             v = jnp.concatenate([context_v, v], 1)
             if mask is not None and mask.shape[-1] != k.shape[1]:
                 mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (context.shape[1], 0)), constant_values=True)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        y = attend(q, k, v, mask)
         out = nn.DenseGeneral(
             width,
             axis=(-2, -1),

@@ -1,0 +1,62 @@
+"""Attention in chunks, which CPUs take, against attention at once, and where each is used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax.models.attention import attend
+
+RNG = np.random.default_rng(0)
+# 128 queries are two chunks; 140 keys, as of 12 vectors of a context and 128 pixels.
+Q, K, V, TOWARD = (
+    jnp.asarray(RNG.standard_normal((2, count, 3, 8)), jnp.float32) for count in (128, 140, 140, 128)
+)
+SEEN = jnp.asarray(RNG.random((2, 1, 1, 140)) > 0.4)
+
+
+def by_hand(q, k, v, mask):
+    """One query after the other, float64; [b, n, h, k]."""
+    q, k, v = (np.float64(part) for part in (q, k, v))
+    y = np.zeros_like(q)
+    for b, n, h in np.ndindex(y.shape[:3]):
+        keys = np.flatnonzero(mask[b, 0, 0]) if mask is not None else np.arange(k.shape[1])
+        weights = np.exp(k[b, keys, h] @ q[b, n, h] / np.sqrt(q.shape[-1]))
+        y[b, n, h] = weights @ v[b, keys, h] / weights.sum()
+    return y
+
+
+@pytest.mark.parametrize("mask", [None, SEEN], ids=["all", "some"])
+def test_attention_in_chunks_is_softmax_attention(mask):
+    assert "stablehlo.while" in jax.jit(attend).lower(Q, K, V, mask).as_text()  # it is the chunked form that runs here
+    np.testing.assert_allclose(jax.jit(attend)(Q, K, V, mask), by_hand(Q, K, V, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.03)])
+def test_both_forms_have_the_same_gradients(dtype, tolerance):
+    args = [part.astype(dtype) for part in (Q, K, V)]
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *args: (function(*args) * TOWARD).sum(), (0, 1, 2)))(*args)
+
+    at_once = gradients(lambda *args: jax.nn.dot_product_attention(*args, mask=SEEN))
+    for ours, wanted in zip(gradients(lambda *args: attend(*args, SEEN)), at_once, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.float32(ours), np.float32(wanted), atol=tolerance)
+
+
+def test_a_query_that_may_look_at_nothing_gives_no_nan():
+    y = attend(Q, K, V, jnp.zeros((2, 1, 1, 140), bool))
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_an_accelerator_attends_at_once(platform):
+    lowered = jax.jit(attend).trace(Q, K, V, SEEN).lower(lowering_platforms=(platform,))
+    assert "stablehlo.while" not in lowered.as_text()
+
+
+@pytest.mark.parametrize("count", [64, 100])
+def test_few_queries_and_those_that_make_no_whole_chunks_go_at_once(count):
+    assert "stablehlo.while" not in jax.jit(attend).lower(Q[:, :count], K, V).as_text()
+    np.testing.assert_allclose(attend(Q[:, :count], K, V), attend(Q, K, V)[:, :count], atol=2e-6)
