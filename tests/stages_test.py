@@ -299,14 +299,14 @@ def _quadratic(params, frozen, batch, rng, *, train):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    stage = types.SimpleNamespace(loss=_quadratic)
+    value_and_grad = jax.value_and_grad(functools.partial(_quadratic, train=True), has_aux=True)
     rng = np.random.default_rng(0)
     batch = {"x": rng.normal(size=(16, 5)).astype(np.float32), "y": rng.normal(size=16).astype(np.float32)}
     params = {"w": jnp.asarray(rng.normal(size=5), jnp.float32)}
 
     def gradient(parts, frozen):
         config = types.SimpleNamespace(optim=types.SimpleNamespace(accumulation=parts))
-        return program_lib._gradient(config, stage, params, frozen, batch, jax.random.key(0))
+        return program_lib._accumulated(config, value_and_grad, params, frozen, batch, jax.random.key(0))
 
     errors = batch["x"].astype(np.float64) @ np.asarray(params["w"], np.float64) - batch["y"]
     for parts in (1, 4):
