@@ -16,9 +16,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # A part (module or subpackage of unclip_jax) imports parts of lower layers and, if a subpackage, itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("arrays", "sharding", "config", "state", "programs", "flops"),
+    ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl"),
     ("replicas",),  # one replica's view of a batch
-    ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics"),
+    ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput"),
     ("stages", "evaluation", "interop"),
     ("parts", "captioned_grid", "description"),  # parts: trained networks, read from their workdirs
     ("predictor", "report", "jobs"),  # predictor: calls parts; jobs: runs programs side by side

@@ -17,6 +17,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from unclip_jax import jsonl
+
 _LOG = logging.getLogger(__name__)
 JSONL = "metrics.jsonl"
 
@@ -36,10 +38,8 @@ class Writer:
         if jax.process_index() == 0:
             self._workdir.mkdir(parents=True, exist_ok=True)
             path = self._workdir / JSONL
-            cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
+            jsonl.mend(path)
             self._file = path.open("a")
-            if cut_short:  # by a kill; what is written next must not join it
-                self._file.write("\n")
             if tensorboard:
                 from clu import metric_writers  # imports TensorFlow: 4 s and 450 MB that other hosts need not spend
 
@@ -80,12 +80,7 @@ class Writer:
 def read(workdir: epath.PathLike) -> dict[int, dict[str, float]]:
     """Returns {step: row} of a run's JSONL; rows that a kill cut short are left out."""
     rows: dict[int, dict[str, float]] = {}
-    path = epath.Path(workdir) / JSONL
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in jsonl.read(epath.Path(workdir) / JSONL):
         step = row.pop("step")
         rows.setdefault(step, {}).update({name: float(value) for name, value in row.items()})
     return dict(sorted(rows.items()))

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import math
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from unclip_jax import checkpoint, fitting, metrics, programs, sharding
+from unclip_jax import checkpoint, fitting, goodput, metrics, programs, sharding
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError
 from unclip_jax.evaluation import evaluators
@@ -64,7 +65,15 @@ class Stopping:
 class Run:
     """One training run: restores or begins, then steps to the end or until it is told to stop."""
 
-    def __init__(self, config: ConfigDict, workdir: str, *, accept_changes: bool = False):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str,
+        *,
+        accept_changes: bool = False,
+        recorder: goodput.Recorder | None = None,
+    ):
+        self.goodput = recorder or goodput.Recorder()
         self.config, self.workdir = config, checkpoint.absolute(workdir)
         self.program = build(config, sharding.make_mesh(config.mesh))
         total = self.program.total_steps
@@ -83,11 +92,23 @@ class Run:
         changed = configs.claim_workdir(self.workdir, config, accept_changes=accept_changes)
         for key, (old, new) in changed.items():
             _LOG.warning("resuming with config.%s=%r, which was %r", key, new, old)
+        self.goodput.open(self.workdir, **self._facts(changed))
         self.saver = checkpoint.Checkpointer(
             self.workdir, every_steps=self.every["checkpoint"], keep=config.checkpoint.keep
         )
         self.stopping = Stopping(self.saver)
         self.accept_changes = accept_changes
+
+    def _facts(self, changed: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the report tells of this start."""
+        return {
+            "total_steps": self.program.total_steps,
+            "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(self.program.state.params)),
+            "devices": jax.device_count(),
+            "device": jax.devices()[0].device_kind,
+            "hosts": jax.process_count(),
+            "changed": {key: [repr(old), repr(new)] for key, (old, new) in changed.items()},
+        }
 
     def _evaluators(self) -> list[evaluators.Evaluator]:
         """Returns the evaluators that the config names; none where it never evaluates."""
@@ -112,7 +133,8 @@ class Run:
 
     def begin(self) -> TrainState:
         """Returns the newest whole checkpoint's state, or a new one at step 0."""
-        restored = self.saver.restore(self.program.state)
+        with self.goodput.span(goodput.RESTORE):
+            restored = self.saver.restore(self.program.state)
         if restored is None:
             measured = self._measured()  # while there is no state yet: it takes memory, too
             state = self.program.init(jax.random.key(self.config.seed))
@@ -153,8 +175,14 @@ class Run:
 
     def run(self) -> int:
         """Trains to the end; returns an exit code."""
+        with self.goodput:
+            step = self._run()
+        return programs.DONE if step >= self.program.total_steps else programs.REQUEUE
+
+    def _run(self) -> int:
         state = self.begin()
         step = int(state.step)
+        self.goodput.at(step)
         self.writer = metrics.Writer(self.workdir, tensorboard=self.config.log.tensorboard)
         try:
             if step < self.program.total_steps:
@@ -163,8 +191,9 @@ class Run:
                 self._evaluate(state, step)
         finally:
             self.writer.close()
-            self.saver.close()
-        return programs.DONE if step >= self.program.total_steps else programs.REQUEUE
+            with self.goodput.span(goodput.SAVE):
+                self.saver.close()
+        return step
 
     def _is_evaluated(self, step: int) -> bool:
         row = metrics.read(self.workdir).get(step, {})
@@ -182,9 +211,13 @@ class Run:
         first = step
         while step < program.total_steps:
             _profile(config.log, self.workdir, step)
-            local = next(batches)
-            state, report = program.train_step(state, self.frozen, sharding.put_batch(local, program.batch_sharding))
+            with self.goodput.span(goodput.DATA):
+                local = next(batches)
+            batch = sharding.put_batch(local, program.batch_sharding)
+            with self.goodput.span(goodput.COMPILE if step == first else goodput.STEP):
+                state, report = program.train_step(state, self.frozen, batch)
             step += 1
+            self.goodput.given(step, report["loss"])
             guard.watch(step, report, local.get("id"))
             window.append(report)
             if step == first + 1:
@@ -199,7 +232,8 @@ class Run:
                 guard.drain()
                 # A bad step is never saved. Where no later one can be, what came before it is, to be gone on from.
                 if guard.last_step_good or stop or step == program.total_steps:
-                    self.saver.save(state.last_good(), config=config, extra={"data": self.fingerprint})
+                    with self.goodput.span(goodput.SAVE):
+                        self.saver.save(state.last_good(), config=config, extra={"data": self.fingerprint})
             if stop:
                 _LOG.info("stopped at step %d; run the same command to go on", step)
                 break
@@ -216,17 +250,19 @@ class Run:
         means = metrics.average(window)
         rates = progress.report(step, {"loss": means["loss"], "grad_norm": means["grad_norm"]})
         self.writer.scalars(step, {**last, **{f"mean/{name}": value for name, value in means.items()}, **rates})
+        self.goodput.report()
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         """Runs the evaluators that the config names, on the moving average."""
         frozen = {**self.frozen, "statistics": state.statistics}
         scalars = {}
-        for evaluator in self.evaluators:
-            for key, value in evaluator.run(state.ema, frozen):
-                if np.ndim(value):
-                    self.writer.picture(step, key, np.asarray(value))
-                else:
-                    scalars[f"evaluation/{key}"] = float(value)
+        with self.goodput.span(goodput.EVALUATION):
+            for evaluator in self.evaluators:
+                for key, value in evaluator.run(state.ema, frozen):
+                    if np.ndim(value):
+                        self.writer.picture(step, key, np.asarray(value))
+                    else:
+                        scalars[f"evaluation/{key}"] = float(value)
         self.writer.scalars(step, scalars)
         shown = "  ".join(f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in scalars.items())
         _LOG.info("evaluation at step %d: %s", step, shown)
@@ -297,7 +333,8 @@ def main(argv) -> int:
     programs.start_logging()
     programs.start_jax(compile_cache=_CACHE.value)
     config = configs.check(_CONFIG.value)
-    return Run(config, _WORKDIR.value, accept_changes=_ACCEPT.value).run()
+    recorder = goodput.Recorder(since=goodput.process_began())
+    return Run(config, _WORKDIR.value, accept_changes=_ACCEPT.value, recorder=recorder).run()
 
 
 if __name__ == "__main__":
