@@ -12,6 +12,7 @@ import sys
 
 import jax
 import jaxtyping
+import launch_fakes
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -70,3 +71,15 @@ def compile_cache(shared_folder) -> str:
     This process uses none: JAX does not write its entries whole, so another worker could read a part of one.
     """
     return str(shared_folder / "compiled")
+
+
+@pytest.fixture(scope="session")
+def launch_checkout(tmp_path_factory) -> pathlib.Path:
+    """A checkout that launchers may be run in."""
+    return launch_fakes.make_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def machine(tmp_path, launch_checkout) -> launch_fakes.Machine:
+    """Where launchers run, with stand-ins for gcloud and the like."""
+    return launch_fakes.Machine(tmp_path, launch_checkout)
