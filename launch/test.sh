@@ -75,7 +75,7 @@ command -v shellcheck > /dev/null || need shellcheck "which checks the scripts i
 failed=0
 summary=
 if [ $# = 0 ]; then
-  check shellcheck shellcheck launch/*.sh .ci/run
+  check shellcheck shellcheck launch/*.sh launch/*.sbatch .ci/run
   check hadolint "$venv/bin/hadolint" launch/Dockerfile
   check ruff "$python" -m ruff check .
   check mypy "$python" -m mypy

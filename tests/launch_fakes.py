@@ -12,10 +12,11 @@ import subprocess
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PLAIN = ("awk", "bash", "cat", "cksum", "cut", "date", "dirname", "env", "git", "grep", "head", "id", "mkdir", "mktemp",
-         "mv", "rm", "sed", "seq", "sort", "tail", "tar", "gzip", "tr", "true", "wc", "ls", "touch", "tee", "uname",
-         "chmod", "cp", "basename", "kill")  # fmt: skip
-FAKED = ("gcloud", "kubectl", "xpk", "sbatch", "srun", "scancel", "scontrol", "docker", "sleep", "helm")
+PLAIN = (
+    "awk", "basename", "bash", "cat", "chmod", "cksum", "cp", "cut", "date", "dirname", "env", "find", "git", "grep",
+    "gzip", "head", "mkdir", "mv", "rm", "sed", "seq", "sort", "tail", "tar", "tee", "touch", "tr", "uname",
+)  # fmt: skip
+FAKED = ("gcloud", "kubectl", "xpk", "sbatch", "squeue", "srun", "scancel", "scontrol", "docker", "sleep", "helm")
 
 # In bash, for it starts in a tenth of Python's time. A record of the log is the words of a call and what was piped in.
 _FAKE = r"""#!/bin/bash

@@ -106,6 +106,22 @@ def test_python_is_process_1_and_gets_its_options_unchanged(machine):
     assert {"name": "JAX_COORDINATOR_ADDRESS", "value": "clip-slice-0-0.clip:8482"} in container["env"]
 
 
+def test_jax_takes_from_a_pods_environment_what_it_needs(monkeypatch):
+    """JAX's own detection, given what GKE sets in a JobSet's pods, on the last host of the second of two slices."""
+    from jax._src import clusters
+    from jax._src.clusters import cloud_tpu_cluster, cluster
+
+    for module in (cloud_tpu_cluster, cluster):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+    pod = {"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "3", "TPU_WORKER_HOSTNAMES": "h0,h1,h2,h3"}
+    pod |= {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+    for name, value in pod.items():
+        monkeypatch.setenv(name, value)
+    meeting = "clip-slice-0-0.clip:8482"
+    given = clusters.ClusterEnv.auto_detect_unset_distributed_params(meeting, None, None, None, None, 300)
+    assert given == (meeting, 8, 7, None)
+
+
 STATUS = r"get jobset clip --ignore-not-found"
 RUNNING = (0, "clip ")
 

@@ -180,6 +180,7 @@ def test_a_spot_tpu_vm_that_was_preempted_is_made_again(machine):
 
 # --- what they print -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_is_a_script_of_what_would_be_done(machine, script):
     words = (*TRAIN, "--config.data.mixture=(('a b','','train',1.0),)")
