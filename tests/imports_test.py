@@ -20,10 +20,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("replicas",),  # one replica's view of a batch
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput"),
     ("stages", "evaluation", "interop"),
-    ("parts", "captioned_grid", "description"),  # parts: trained networks, read from their workdirs
-    ("predictor", "report", "jobs"),  # predictor: calls parts; jobs: runs programs side by side
-    ("unclip", "training_jobs"),
-    ("program", "fitting"),
+    # parts: trained networks, read from their workdirs; pages: what HTML pages share
+    ("parts", "captioned_grid", "description", "goodput_sums", "pages"),
+    # predictor: calls parts; jobs: runs programs side by side
+    ("predictor", "quickstart_report", "run_curves", "jobs"),
+    ("unclip", "training_jobs", "run_report"),
+    ("program", "fitting", "report"),
     ("inputs",),  # what a program reads
     ("train",),
     ("plan", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),

@@ -1,65 +1,36 @@
-"""The report: its numbers are those of the figures, and it needs nothing beside it."""
+"""The report of runs: what is in the folder is on the page, whatever state it is in, and nothing else is needed."""
 
 import base64
 import html.parser
 import io
 import json
 import math
-import pathlib
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+from absl import flags
+from goodput_test import THREE
 from PIL import Image
 
-from unclip_jax import captioned_grid, report
+from unclip_jax import goodput_sums, report, run_curves, run_report
 from unclip_jax.errors import InputError
 
-CAPTION = "a <small> red star & more"
-RATES = {"n": 96, "colour": 0.875, "shape": 0.75, "both": 0.625, "count": 1.0, "background": 1.0, "all": 0.5}
+NASTY = "<script>alert('a & b')</script>"
 
 
-def _scores(value):
-    single = {**RATES, "both": value}
-    two = {**single, "relation": 0.25}
-    chance = {**dict.fromkeys(RATES, 0.125), "relation": 0.25}
-    return {"single": single, "two": two, "shuffled": {"single": chance, "two": chance}}
+class Page(html.parser.HTMLParser):
+    """A page's words, and what its tags refer to; fails where tags do not close as they were opened."""
 
-
-@pytest.fixture
-def workdir(tmp_path):
-    """A folder as the quickstart leaves it."""
-    for name, side in (("render", 64), ("a", 64), ("b", 16), ("c", 32)):
-        Image.fromarray(np.full((side, side, 3), 200, np.uint8)).save(tmp_path / f"{name}.png")
-    drawn = {"image": "a.png", "decoder": "b.png", "upsampler_1": "c.png", "reads": "red <star>", "right": True}
-    images = {name: drawn for name in ("diffusion", "ar", "none")}
-    images["render"] = {"image": "render.png", "reads": "red star", "right": False}
-    stage = {
-        "stage": "clip", "steps": 4, "batch_size": 8, "seconds": 100.0, "config": {"stage": "clip"},
-        "curve": {"step": [2, 4], "loss": [20.0, 1.0], "smoothed": [20.0, 10.0]},
-        "evaluations": [{"step": 4, "loss": 2.5, "cosine": 0.75}],
-    }  # fmt: skip
-    figures = {
-        "accuracy": {"validation": {name: _scores(share) for name, share in
-                                    (("diffusion", 0.625), ("ar", 0.5), ("none", 0.375), ("render", 1.0))}},
-        "goal": {"colour": 0.85, "shape": 0.7, "both": 0.6}, "side": 64, "oracle": {"single": RATES},
-        "examples": [{"caption": CAPTION, "split": "validation", "kind": "single", "images": images}],
-        "stages": dict.fromkeys(report.STAGES, stage), "scoring_seconds": 2.0,
-        "sampling": {"decoder": {"images": 10, "seconds": 5.0, "compile_seconds": 3.0}},
-        "machine": {"processor": "test", "cores": 2, "system": "x"}, "versions": {"jax": "0"},
-        "variant": "tiny", "smoke": False, "seed": 0, "seconds": {"clip": 100.0, "samples": 4.0, "all": 754.0},
-    }  # fmt: skip
-    (tmp_path / "report.json").write_text(json.dumps(figures))
-    return tmp_path
-
-
-class _Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.links, self.text, self.open = [], [], []
+        self.links, self.words, self.open = [], [], []
         self.feed(text)
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
-        self.links += [(tag, value) for name, value in attributes if name in ("src", "href", "srcset", "poster")]
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "poster", "data")]
         if tag not in ("meta", "img", "br", "link", "input", "hr"):
             self.open.append(tag)
 
@@ -67,82 +38,174 @@ class _Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.words.append(data)
 
 
-def test_the_page_holds_all_it_shows(workdir):
-    text = report.write(workdir).read_text()
-    page = _Page(text)
-    assert not page.open
-    assert len(page.links) == 4 + 1  # four sources of one caption, and the curves
-    for tag, link in page.links:
-        assert tag == "img"
+def write_run(folder, *, stage="clip", pictures=1):
+    """A run's folder as training leaves it, with a last row that is half written."""
+    folder.mkdir(parents=True)
+    config = {"stage": stage, "batch_size": 16, "total_steps": 40, "note": NASTY}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [
+        {"step": step, "loss": 4.0 / step, "mean/loss": 5.0 / step, "grad_norm": 1.0, "mean/grad_norm": 2.0,
+         "learning_rate": 0.1, "steps_per_second": 2.0, "skipped_steps": 3 * (step == 40), "streak": 0,
+         "param_norm": 7.5, "seconds_left": "inf"}
+        for step in range(2, 42, 2)
+    ]  # fmt: skip
+    lines += [{"step": 20, "evaluation/image_to_text_r1": 0.25}, {"step": 40, "evaluation/image_to_text_r1": 0.375}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 42, "lo')
+    (folder / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in THREE) + '{"run": 3')
+    (folder / "pictures").mkdir()
+    for number in range(pictures):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "pictures" / f"samples-{number + 1:08d}.png")
+    return folder
+
+
+def page_of(folder):
+    path, _ = report.write(folder)
+    return Page(path.read_text())
+
+
+def test_a_run_is_on_its_page_and_the_page_needs_nothing_else(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "pictures" / "samples-00000099.png").write_bytes(b"half a picture")
+    text = report.write(folder)[0].read_text()
+    page = Page(text)
+    for words in (
+        "Stage clip", "batch size 16", "on ? × ?", "of 40", "0.125", "image to text r1 0.375", "32", "step 1",
+        "3 steps were skipped", "13 steps were done again", "43.6%", "2 min 36 s", "of 2 min 36 s went into",
+        "start began lasted from step to step devices ended", "1 2026-11-21 12:00:00 UTC 60 s 0 30 4 × ? killed",
+        "3 2026-11-21 12:01:45 UTC 51 s 22 40 ? × ? done",
+    ):  # fmt: skip
+        assert words in page.text, words
+    # Four curves of training, one of evaluation, one of the norm of the weights, one timeline, one picture.
+    assert len(page.links) == 4 + 1 + 1 + 1 + 1
+    for link in page.links:
         kind, _, content = link.partition(",")
-        assert kind == "data:image/png;base64"
-        Image.open(io.BytesIO(base64.b64decode(content))).verify()
-    assert "url(" not in text and "@import" not in text and "<script" not in text
+        raw = base64.b64decode(content)
+        if kind == "data:image/png;base64":
+            Image.open(io.BytesIO(raw)).verify()
+            continue
+        assert kind == "data:image/svg+xml;base64"
+        drawing = xml.etree.ElementTree.fromstring(raw)
+        assert drawing.tag.endswith("svg")
+        referred = [value for node in drawing.iter() for name, value in node.attrib.items() if name.endswith("href")]
+        assert all(value.startswith("#") for value in referred)
+    assert "url(" not in text and "@import" not in text and "<script" not in text and "http" not in text
 
 
-def test_text_from_outside_is_escaped(workdir):
-    words = " ".join(_Page(report.write(workdir).read_text()).text)
-    assert CAPTION in words and "red <star>" in words
+def test_words_from_outside_are_escaped(tmp_path):
+    folder = write_run(tmp_path / "a<b>&c", stage=NASTY)
+    (folder / "failures").mkdir()
+    (folder / "failures" / "2.txt").write_text(f"hung in next(): {NASTY}\n" + "x" * 50_000)
+    with (folder / "goodput.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(THREE[-1] | {"how": NASTY, "run": 4}) + "\n")
+        changed = {"run": 4, "kind": "start", "changed": {"optim.<b>": ["'old'", NASTY]}, "device": NASTY}
+        file.write(json.dumps(THREE[0] | changed) + "\n")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 40, f"evaluation/{NASTY}": 1.0}) + "\n")
+    Image.new("RGB", (8, 8)).save(folder / "pictures" / "<b>&-00000007.png")
+    text = report.write(folder)[0].read_text()
+    assert NASTY not in text and "<b>&" not in text and "<script" not in text
+    page = Page(text)
+    for words in (
+        "a<b>&c", f"Stage {NASTY}", "host 2 failed", f"hung in next(): {NASTY}", f"start 4 failed: {NASTY}",
+        f"optim.<b> 'old' {NASTY}", f"4 × {NASTY}", f'"note": "{NASTY}"', "<b>&",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert len(text) < 2_000_000
 
 
-def test_shares_chance_and_times_are_on_the_page(workdir):
-    words = " ".join(" ".join(_Page(report.write(workdir).read_text()).text).split())
-    assert "goal 85% · chance 12%" in words  # 0.125, to even
-    assert "12 min 34 s" in words
-    assert "One object, kinds of objects seen in training (96 captions)" in words
-    assert "chance (captions shuffled)" in words
-    assert "cosine 0.75" in words
+def test_damaged_checkpoints_and_other_hosts_are_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "checkpoints" / "damaged-12-0").mkdir(parents=True)
+    slow = [row | {"host": 1, "seconds": 40.0} if row["kind"] == "data" else row for row in THREE]
+    (folder / "goodput-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slow))
+    page = page_of(folder)
+    assert "damaged checkpoints were passed over: damaged-12-0" in page.text
+    assert "1 40 s 23.0%" in page.text  # of 129 s + 38 s of rows and 7 s between starts
 
 
-def test_grids_are_as_large_as_their_rows(workdir):
-    report.write(workdir)
-    assert {path.name for path in workdir.glob("*.png")} >= {
-        "samples.png", "samples-diffusion.png", "samples-ar.png", "samples-none.png", "curves.png"
-    }  # fmt: skip
-    with Image.open(workdir / "samples.png") as four, Image.open(workdir / "samples-ar.png") as three:
-        assert four.width - three.width == 128 + 6
+def test_a_folder_of_runs_has_them_all_with_links(tmp_path):
+    for name in ("clip", "decoder"):
+        write_run(tmp_path / "runs" / name, stage=name)
+    (tmp_path / "runs" / "notes").mkdir()
+    path, runs = report.write(tmp_path / "runs", tmp_path / "out.html")
+    assert path == tmp_path / "out.html" and not (tmp_path / "runs" / "report.html").exists()
+    assert [run.workdir.name for run in runs] == ["clip", "decoder"]
+    text = path.read_text()
+    page = Page(text)
+    assert [link for link in page.links if link.startswith("#")] == ["#run-1", "#run-2"]
+    assert text.count('<section id="run-') == 2
+    assert "clip clip done 40 of 40 0.125 43.6% 2 min 36 s 1 decoder decoder done" in page.text
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_a_report_json_that_is_not_there_or_not_whole_is_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "report.json").write_text(content)
-    with pytest.raises(InputError, match="report.json .*quickstart"):
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "goodput.jsonl").write_text(json.dumps(THREE[0]) + "\n")
+    page = page_of(tmp_path)
+    assert "No step has been reported yet" in page.text and "running, or killed" in page.text
+
+
+def test_a_run_from_before_goodput_has_a_page(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "goodput.jsonl").unlink()
+    page = page_of(folder)
+    assert "not recorded" in page.text and "of 40" in page.text and "Where the time went" not in page.text
+
+
+def test_a_wrong_folder_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="nowhere does not exist; give the folder of"):
+        report.write(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds neither metrics.jsonl of a training run"):
         report.write(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 3}\n')
+    with pytest.raises(InputError, match="is not the folder of a training run"):
+        report.write(tmp_path)
+    with pytest.raises(InputError, match="cannot be written.*--out"):
+        report.write(write_run(tmp_path / "run"), tmp_path / "no" / "such" / "folder.html")
+    assert not (tmp_path / "report.html").exists()
 
 
-def test_intervals_cover_the_true_share():
-    # Of all outcomes of 60 throws, those whose interval covers the truth have about 95% of the probability.
-    n = 60
-    for truth in (0.03, 0.3, 0.5, 0.9):
-        covered = 0.0
-        for hits in range(n + 1):
-            share = hits / n
-            centre = (hits + 1.96**2 / 2) / (n + 1.96**2)
-            if abs(centre - truth) <= report.interval(share, n):
-                covered += math.comb(n, hits) * truth**hits * (1 - truth) ** (n - hits)
-        assert 0.93 < covered < 0.995
+def test_many_steps_are_thinned_and_no_peak_is_lost():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[61_803], values[27_182] = 40.0, -50.0
+    points = [(3 * i, float(value)) for i, value in enumerate(values)]
+    thin = run_curves.thinned(points, 500)
+    assert len(thin) <= 500 and set(thin) <= set(points) and thin == sorted(thin)
+    assert {points[0], points[-1], (3 * 61_803, 40.0), (3 * 27_182, -50.0)} <= set(thin)
+    assert run_curves.thinned(points[:500], 500) == points[:500]
 
 
-@pytest.mark.parametrize("seconds, words", [(3.25, "3.2 s"), (48, "48 s"), (200, "3 min 20 s"), (3661, "61 min 01 s")])
-def test_durations_are_written_as_people_write_them(seconds, words):
-    assert report.duration(seconds) == words
+def test_pictures_are_the_first_the_last_and_some_between(tmp_path):
+    folder = write_run(tmp_path / "run", pictures=40)
+    (group,) = run_report.pictures(run_report.read(folder))
+    steps = [picture["step"] for picture in group["shown"]]
+    assert group["count"] == 40 and steps[0] == 1 and steps[-1] == 40 and len(steps) == 6
+    assert max(np.diff(steps)) - min(np.diff(steps)) <= 1
 
 
-def test_captions_are_wrapped_beside_their_images():
-    image = np.zeros((64, 64, 3), np.uint8)
-    one = captioned_grid.draw(["word"], [[image]])
-    long = captioned_grid.draw(["word " * 60], [[image]])
-    assert one.shape == long.shape
-    left = slice(0, one.shape[1] - 96 - 16)
-    assert (one[:, left] < 128).sum() < (long[:, left] < 128).sum()
-    # Black pixels of the image stand where it was pasted, and nothing but paper is between it and the words.
-    assert (long[10:106, -(96 + 16) : -16] == 0).all()
-    assert (long[:, -(96 + 16) - 12 : -(96 + 16)] == 255).all()
+def test_losses_that_are_not_finite_break_no_curve(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 41, "loss": "inf", "mean/loss": "nan", "grad_norm": "nan"}) + "\n")
+    run = run_report.read(folder)
+    assert math.isinf(run.rows[41]["loss"])
+    assert "the loss was not finite at step 41" in page_of(folder).text
 
 
-def test_the_committed_template_is_found_by_an_installed_package():
-    assert (pathlib.Path(report.__file__).parent / "templates" / "report.html").is_file()
+def test_what_the_terminal_shows_adds_up(tmp_path, capsys):
+    """The whole program: flags, page, tables."""
+    folder = write_run(tmp_path / "run")
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", str(folder), "", flag_values=values)
+    flags.DEFINE_string("out", "", "", flag_values=values)
+    values.mark_as_parsed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.flags, "FLAGS", values)
+        assert report.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "43.6%" in printed and str(folder / "report.html") in printed and "3 steps were skipped" in printed
+    shares = [row["share"] for row in run_report.time_rows(goodput_sums.read(folder)[0])]
+    assert sum(shares) == pytest.approx(1)

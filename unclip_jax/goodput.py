@@ -79,7 +79,7 @@ class Recorder:
         self._lock = threading.RLock()
         self._heartbeat = heartbeat_seconds
         self._stop = threading.Event()
-        self._given: queue.SimpleQueue[jax.Array | None] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._unfinished = 0
         self._ran_dry = self._mark
         self._threads: list[threading.Thread] = []
@@ -148,8 +148,8 @@ class Recorder:
             self.flush()
             self._from = self._step = step
 
-    def given(self, step: int, output: jax.Array) -> None:
-        """Says that the device was given this step, of which `output` is one result that is not donated."""
+    def given(self, step: int, output: Any) -> None:
+        """Says that the device was given this step; `output.block_until_ready()` waits for it, and is not donated."""
         with self._lock:
             if self._kind == INIT:  # from the first step on, what is nothing else is the loop's own time
                 self._fold()

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from unclip_jax import checkpoint, jobs, programs, report, training_jobs
+from unclip_jax import checkpoint, jobs, programs, quickstart_report, training_jobs
 from unclip_jax import config as configs
 from unclip_jax import quickstart_results as results
 from unclip_jax.data import datasets
@@ -125,7 +125,7 @@ def run(options: Options) -> int:
         figures |= {"variant": options.variant, "smoke": options.smoke, "seed": options.seed, "seconds": times.seconds}
         figures["schedule"] = [list(group) if group else [] for group in groups]
         (workdir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
-        page = report.write(workdir)
+        page = quickstart_report.write(workdir)
     print(f"{summary(figures)}\n\nThe report is {page}")
     return programs.DONE
 
@@ -192,7 +192,7 @@ def summary(figures: Mapping[str, Any]) -> str:
     """Returns the headline numbers as a few lines of text."""
     lines = [f"{'single objects':24}  colour   shape    both"]
     scores = figures["accuracy"]["validation"]
-    for name, label in report.LABELS.items():
+    for name, label in quickstart_report.LABELS.items():
         rates = scores[name].get("single")
         if rates:
             lines.append(f"{label:24}  " + "  ".join(f"{rates[key]:6.1%}" for key in ("colour", "shape", "both")))
