@@ -193,3 +193,6 @@ pause_seconds() {
   local seconds=$((10 * 2 ** ($1 < 7 ? $1 : 7)))
   printf '%s' $((seconds < 600 ? seconds : 600))
 }
+
+# Waits some seconds; a signal that is trapped ends it at once, not after them.
+nap() { sleep "$1" & wait $!; }

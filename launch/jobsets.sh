@@ -61,7 +61,7 @@ see_it_end() {
       Failed) say "error: $jobset failed; ${0##*/} --do=logs shows why"; exit "$EXIT_FAILED" ;;
       absent) say "error: $jobset was deleted before it ended"; exit "$EXIT_FAILED" ;;
     esac
-    sleep "${option[poll]}"
+    nap "${option[poll]}"
   done
 }
 

@@ -86,7 +86,7 @@ see_it_end() {
       asked=$((asked + 1))
       [ $asked -lt 10 ] || fail "SLURM could not be asked about job $1 10 times in a row: $shown"
     fi
-    sleep "${option[poll]}"
+    nap "${option[poll]}"
   done
 }
 

@@ -136,7 +136,7 @@ watch_job() {
       [ "$unreachable" -lt 10 ] || fail "the hosts of ${option[name]} are there and could not be reached 10 times in a row;" \
         "the job may go on; the last answer was: $trouble"
     fi
-    sleep "${option[poll]}"
+    nap "${option[poll]}"
   done
   [ "$(state_of)" = ready ]  # exit codes from machines that are being taken away say nothing
 }
@@ -171,7 +171,7 @@ again() {
   [ "$starts" -le "${option[restarts]}" ] || { say "error: $1, and --restarts=${option[restarts]} are used up"; finish "$EXIT_REQUEUE"; }
   if [ $((SECONDS - began)) -ge 600 ]; then fruitless=0; else fruitless=$((fruitless + 1)); fi
   tell "$1; start $starts of ${option[restarts]} follows in $(pause_seconds $fruitless) s"
-  sleep "$(pause_seconds $fruitless)"
+  nap "$(pause_seconds $fruitless)"
 }
 
 # Sees to the job on machines that are ready. Comes back where it is to be started again, or the machines went away.
@@ -214,8 +214,8 @@ run_everything() {
     if [ "$state" = unknown ]; then unknown=$((unknown + 1)); else unknown=0; fi
     case $state in
       absent) began=$SECONDS; prepared=''; tell "asking for $tpu_accelerator_type"; create || fail "it could not be created" ;;
-      unknown) [ $unknown -lt 10 ] || fail "Cloud TPU could not be asked about ${option[name]} 10 times in a row"; sleep "${option[poll]}" ;;
-      waiting | leaving) sleep "${option[poll]}" ;;
+      unknown) [ $unknown -lt 10 ] || fail "Cloud TPU could not be asked about ${option[name]} 10 times in a row"; nap "${option[poll]}" ;;
+      waiting | leaving) nap "${option[poll]}" ;;
       ready) run_job; if [ "$(state_of)" = ready ]; then again "the hosts could not be set up"; fi ;;
       lost) prepared=''; delete || true; again "the TPU is gone" ;;
       *) fail "${option[name]} is $state; start it (gcloud compute tpus tpu-vm start) or delete it (--do=delete)" ;;
