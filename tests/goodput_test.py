@@ -122,7 +122,7 @@ def test_every_second_is_of_one_kind_and_nested_spans_take_theirs_out(tmp_path):
             recorder.given(step, jnp.zeros(()))
     wall = time.monotonic() - began
     sums = goodput_sums.read(tmp_path)[0]
-    assert sums.total == pytest.approx(wall, abs=0.02) and sums.seconds["other"] < 1e-3
+    assert wall - 0.5 < sums.total <= wall and sums.seconds["other"] < 1e-3
     assert 0.05 <= sums.seconds["restore"] < 0.08 + wall - 0.27
     assert 0.12 <= sums.seconds["save"] < 0.15 + wall - 0.27
     assert 0.08 <= sums.seconds["step"] < 0.11 + wall - 0.27
@@ -153,18 +153,19 @@ def test_waiting_for_data_costs_only_what_the_device_waited(tmp_path):
     cost = sum(ended - max(began, output.done) for began, ended in waits if ended > output.done)
     assert 0.2 < cost < waits[-1][1] - waits[0][0] - 0.15
     seconds = goodput_sums.read(tmp_path)[0].seconds
-    assert seconds["data"] == pytest.approx(cost, abs=0.04)
-    assert seconds["step"] == pytest.approx(waits[-1][1] - waits[0][0] - cost, abs=0.04)
+    assert seconds["data"] == pytest.approx(cost, abs=0.1)
+    assert seconds["step"] == pytest.approx(waits[-1][1] - waits[0][0] - cost, abs=0.1)
 
 
 def test_a_heart_beats_where_the_loop_reports_nothing(tmp_path):
     recorder = goodput.Recorder(heartbeat_seconds=0.1)
     recorder.open(tmp_path)
     with recorder:
+        began = time.monotonic()
         with recorder.span(goodput.EVALUATION):
-            time.sleep(0.5)
+            time.sleep(0.6)
             written = goodput_sums.read(tmp_path)[0].seconds["evaluation"]
-    assert 0.2 < written <= 0.55
+        assert 0.2 < written < time.monotonic() - began
 
 
 def test_last_words_number_and_a_row_cut_short(tmp_path):
@@ -204,13 +205,14 @@ def test_a_real_run_killed_and_resumed_accounts_for_its_wall_clock(tmp_path, dat
         training.wait()
         walls.append((began, time.time()))
     sums = goodput_sums.read(workdir)[0]
-    assert sums.total == pytest.approx(walls[1][1] - walls[0][0], rel=0.1, abs=3)
+    outside = walls[1][1] - walls[0][0]
+    assert 0.85 * outside - 2 < sums.total < outside + 0.1  # Python needs a moment to end
     for start, (began, ended) in zip(sums.starts, walls, strict=True):
         assert began - 0.1 <= start.began < began + 1  # the process's own beginning, not that of its first line
         assert start.ended <= ended + 0.1
     killed, resumed = sums.starts
     assert killed.how is None and resumed.how == "done" and resumed.facts["total_steps"] == steps
-    assert walls[0][1] - killed.ended < 2  # what the kill took with it
+    assert walls[0][1] - killed.ended < 5  # what the kill took with it: half a second, on a machine that is free
     assert resumed.steps[1] == steps and resumed.steps[0] % 20 == 0
     written = [step for step, _ in rows(workdir)]
     again = len(written) - len(set(written))

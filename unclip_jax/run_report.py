@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import rich.box
 import rich.table
 from etils import epath
 from PIL import Image
@@ -76,8 +77,9 @@ class Run:
     @property
     def state(self) -> str:
         """In words, how it stands with the run."""
-        if not self.sums:
-            return "not recorded"
+        if not self.sums:  # of a version that did not record it
+            total = self.config.get("total_steps")
+            return "done" if isinstance(total, int) and self.step >= total > 0 else "unknown"
         last = self.sums.starts[-1]
         if last.how is None:
             return "running, or killed"
@@ -310,9 +312,9 @@ def render(runs: Sequence[Run], *, title: str) -> str:
 
 def tables(runs: Sequence[Run]) -> list[rich.table.Table]:
     """Returns the summary for a terminal: a table of the runs, and where the time of each went."""
-    summary = rich.table.Table("run", "stage", "state", "step", "loss", "goodput", "time")
+    summary = _table("run", "stage", "state", "step", "loss", "goodput", "time")
     for figures in map(overview, runs):
-        steps = f"{figures['step']:,}" + (f" of {figures['total_steps']:,}" if figures["total_steps"] else "")
+        steps = f"{figures['step']:,}" + (f"/{figures['total_steps']:,}" if figures["total_steps"] else "")
         summary.add_row(
             escape(figures["name"]), escape(str(figures["stage"])), figures["state"], steps,
             "–" if figures["loss"] is None else pages.number(figures["loss"]),
@@ -322,8 +324,12 @@ def tables(runs: Sequence[Run]) -> list[rich.table.Table]:
     found = [summary]
     for run in runs:
         if run.sums and run.sums.total:
-            times = rich.table.Table(f"where the time of {escape(run.workdir.name)} went", "time", "share")
+            times = _table(f"where the time of {escape(run.workdir.name)} went", "time", "share")
             for row in time_rows(run.sums):
                 times.add_row(row["meaning"], pages.duration(row["seconds"]), f"{100 * row['share']:.1f}%")
             found.append(times)
     return found
+
+
+def _table(*columns: str) -> rich.table.Table:
+    return rich.table.Table(*columns, box=rich.box.SIMPLE_HEAD, pad_edge=False)
