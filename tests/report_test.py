@@ -1,6 +1,7 @@
 """The report of runs: what is in the folder is on the page, whatever state it is in, and nothing else is needed."""
 
 import base64
+import datetime
 import html.parser
 import io
 import json
@@ -145,7 +146,20 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "goodput.jsonl").write_text(json.dumps(THREE[0]) + "\n")
     page = page_of(tmp_path)
-    assert "No step has been reported yet" in page.text and "running, or killed" in page.text
+    assert "No step has been reported yet" in page.text and "state killed 1 start" in page.text
+
+
+def test_a_run_that_goes_on_is_told_from_one_that_fell_silent(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 41, "loss": 1.0, "seconds_left": 12_345.0}) + "\n")
+    for age, words in ((20, "state running 4 starts"), (3600, "state killed 4 starts")):
+        began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age + 30)
+        alive = THREE[1] | {"run": 4, "began": began.isoformat(), "seconds": 30.0}
+        (folder / "goodput.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*THREE, alive]))
+        page = page_of(folder)
+        assert words in page.text
+        assert ("of 40 · 3 h 25 min left" in page.text) == (age == 20)
 
 
 def test_a_run_from_before_goodput_has_a_page(tmp_path):

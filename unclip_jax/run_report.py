@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ MEANING = {
 }
 _MOST_PICTURES = 6  # of one kind; the first, the last, and some between
 _SIDE = 640  # pixels a side that pictures are shown at, at most
+_SILENCE = 10 * goodput.HEARTBEAT_SECONDS  # a process that lives writes more often
 _MOST_WORDS = 20_000  # of a file of failures
 # Drawn first, and under which names the rows have them.
 _MAIN = ("loss", "grad_norm", "learning_rate", "examples_per_second")
@@ -82,7 +84,7 @@ class Run:
             return "done" if isinstance(total, int) and self.step >= total > 0 else "unknown"
         last = self.sums.starts[-1]
         if last.how is None:
-            return "running, or killed"
+            return "running" if abs(time.time() - last.ended) < _SILENCE else "killed"
         return last.how if last.how in ("done", "stopped") else "failed"
 
 
@@ -226,19 +228,19 @@ def warnings(run: Run) -> list[dict[str, str]]:
     return [{"title": title, "text": text} for title, text in found]
 
 
-def start_rows(sums: goodput_sums.Sums) -> list[dict[str, Any]]:
+def start_rows(run: Run) -> list[dict[str, Any]]:
     """Returns a row per start for the table."""
-    last = len(sums.starts) - 1
+    starts = run.sums.starts if run.sums else ()
     return [
         {
             "number": start.number,
             "began": start.began,
             "seconds": start.ended - start.began,
             "steps": start.steps,
-            "how": start.how if start.how is not None else "running, or killed" if i == last else "killed",
+            "how": start.how if start.how is not None else run.state if start is starts[-1] else "killed",
             "where": f"{start.facts.get('devices', '?')} × {start.facts.get('device', '?')}",
         }
-        for i, start in enumerate(sums.starts)
+        for start in starts
     ]
 
 
@@ -265,6 +267,7 @@ def time_rows(sums: goodput_sums.Sums) -> list[dict[str, Any]]:
 def overview(run: Run) -> dict[str, Any]:
     """Returns the few figures that a person wants first."""
     total = run.fact("total_steps") or run.config.get("total_steps")
+    left = run_curves.series(run.rows, "seconds_left")
     losses = run_curves.series(run.rows, "mean/loss") or run_curves.series(run.rows, "loss")
     return {
         "name": run.workdir.name,
@@ -272,6 +275,7 @@ def overview(run: Run) -> dict[str, Any]:
         "state": run.state,
         "step": run.step,
         "total_steps": total,
+        "seconds_left": left[-1][1] if left and run.state == "running" else None,
         "loss": losses[-1][1] if losses else None,
         "parameters": run.fact("parameters"),
         "goodput": run.sums.goodput if run.sums else None,
@@ -291,7 +295,7 @@ def _shown(run: Run) -> dict[str, Any]:
         "pictures": pictures(run),
         "times": time_rows(sums) if sums and sums.total else [],
         "timeline": run_curves.draw_timeline(sums) if sums and sums.total else "",
-        "starts": start_rows(sums) if sums else [],
+        "starts": start_rows(run),
         "steps_redone": sums.steps_redone if sums else 0,
         "changes": changes(sums) if sums else [],
         "hosts": [
