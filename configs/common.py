@@ -87,8 +87,16 @@ def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
                 ("vocab", "model"),
                 ("conv_out", "fsdp"),
             ),
-            "checkpoint": {**durations(every_steps=1000), "keep": 3},
-            "log": {**durations(every_steps=100), "tensorboard": True, "profile_start": 0, "profile_steps": 0},
+            # A checkpoint by the clock, for machines that may be taken away, lasts until the next regular one.
+            "checkpoint": {**durations(every_steps=1000), "keep": 3, "every_minutes": 0.0},
+            "log": {
+                **durations(every_steps=100),
+                "tensorboard": True,
+                "profile_start": 0,
+                "profile_steps": 0,
+                # A step that takes longer than this ends all hosts, each naming where it was; 0 is off.
+                "watchdog_seconds": 1200.0,
+            },
             "evaluation": {**durations(every_steps=5000), "evaluators": ("loss",), "examples": 1024, "batch_size": 64},
         }
     )

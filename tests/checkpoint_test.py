@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unclip_jax import checkpoint, sharding
+from unclip_jax import checkpoint, digests, sharding
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError
 from unclip_jax.state import TrainState
@@ -89,12 +89,12 @@ def test_a_digest_changes_with_any_one_element(dtype, monkeypatch):
         highest = 2 if dtype == "bool" else 1 << (8 * flat.itemsize)
         raw[rng.integers(raw.size)] ^= np.asarray(rng.integers(1, highest), raw.dtype)
         changed = flat.reshape(shape)
-        before, after = (int(x) for x in checkpoint.digest([array, changed]))
+        before, after = (int(x) for x in digests.digest([array, changed]))
         assert before != after
         if trial < 4:  # each shape compiles
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, "_HOST_ELEMENTS", -1)
-                on_device = [int(x) for x in checkpoint.digest([jnp.asarray(array), jnp.asarray(changed)])]
+                patch.setattr(digests, "_HOST_ELEMENTS", -1)
+                on_device = [int(x) for x in digests.digest([jnp.asarray(array), jnp.asarray(changed)])]
             assert on_device == [before, after]
 
 
@@ -105,10 +105,10 @@ def test_a_digest_is_the_weighted_sum_of_the_bits_and_does_not_know_of_shardings
     by_hand = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
     for spec in (PartitionSpec(), PartitionSpec("data", "model", "fsdp"), PartitionSpec(("data", "fsdp"))):
         placed = jax.device_put(array, NamedSharding(mesh, spec))
-        assert int(checkpoint.digest(placed)) == by_hand
+        assert int(digests.digest(placed)) == by_hand
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_HOST_ELEMENTS", -1)
-            assert int(checkpoint.digest(placed)) == by_hand
+            patch.setattr(digests, "_HOST_ELEMENTS", -1)
+            assert int(digests.digest(placed)) == by_hand
 
 
 def test_the_newest_step_comes_back_bit_for_bit_with_its_meta(saved, config):

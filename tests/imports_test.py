@@ -16,8 +16,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # A part (module or subpackage of unclip_jax) imports parts of lower layers and, if a subpackage, itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("hosts",),
     ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl"),
-    ("replicas",),  # one replica's view of a batch
+    ("replicas", "stopping", "watchdog", "clock", "digests"),  # replicas: one replica's view of a batch
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput"),
     ("stages", "evaluation", "interop"),
     # parts: trained networks, read from their workdirs; pages: what HTML pages share

@@ -32,11 +32,13 @@ def _job(folder, name, code, *, needs=()):
     )
 
 
-class _Asked(jobs.Stop):
+class _Asked:
     """A stop that no signal sets."""
 
-    def __init__(self):
-        self.asked = False
+    asked = False
+
+    def poll(self):
+        return self.asked
 
 
 @pytest.fixture

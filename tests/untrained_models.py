@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 from small_configs import small
 
-from unclip_jax import checkpoint, unclip
+from unclip_jax import checkpoint, digests, unclip
 from unclip_jax import config as configs
 from unclip_jax.stages import base
 from unclip_jax.state import TrainState
@@ -26,7 +26,7 @@ def write(folder: pathlib.Path, name: str, *, seed: int = 0, **overrides: Any) -
     if config.get("frozen"):
         with config.unlocked():
             config.frozen.clip = str(folder / "clip")
-    read = {"frozen.clip": checkpoint.fingerprint(drawn(base.create(small("clip")), 0))}
+    read = {"frozen.clip": digests.fingerprint(drawn(base.create(small("clip")), 0))}
     save(folder / name, config, seed=seed, extra={"data": read if config.get("frozen") else {}})
     return folder / name
 

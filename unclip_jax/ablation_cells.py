@@ -18,12 +18,13 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
-from unclip_jax import checkpoint, generate, metrics, programs, unclip
+from unclip_jax import checkpoint, metrics, programs, unclip
 from unclip_jax import quickstart_results as results
 from unclip_jax.ablation_tables import VERDICTS
 from unclip_jax.data.scenes import parse_caption
 from unclip_jax.errors import InputError
 from unclip_jax.evaluation import oracle
+from unclip_jax.stopping import Polled, Stopping
 
 _LOG = logging.getLogger("unclip_jax.ablation_cells")  # __name__ is "__main__" where this is the program
 PLAN, CELLS = "plan.json", "cells"
@@ -225,7 +226,7 @@ def verdicts(images: np.ndarray, captions: Sequence[str]) -> dict[str, list[floa
     return {name: [rate[name] for rate in rates] for name in VERDICTS}
 
 
-def run(workdir: pathlib.Path, *, part: int, parts: int, stop: generate.Stop) -> int:
+def run(workdir: pathlib.Path, *, part: int, parts: int, stop: Polled) -> int:
     """Makes one part of the cells, but for those that are there; returns an exit code."""
     plan = Plan.read(workdir)
     captions = [item.caption for item in pictures(plan)]
@@ -237,7 +238,7 @@ def run(workdir: pathlib.Path, *, part: int, parts: int, stop: generate.Stop) ->
         "cells", start=len(cells) - len(missing), total=len(cells), examples_per_step=plan.captions
     )
     for done, (setting, seed) in enumerate(missing, start=len(cells) - len(missing) + 1):
-        if stop.asked:
+        if stop.poll():
             progress.close()
             return programs.REQUEUE
         assert studio
@@ -263,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     options = flags.FLAGS
     programs.start_logging()
-    stop = generate.Stop()
+    stop = Stopping()
     programs.start_jax(compile_cache=options.compile_cache)
     return run(pathlib.Path(options.workdir).expanduser(), part=options.part, parts=options.parts, stop=stop)
 

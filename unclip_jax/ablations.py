@@ -34,6 +34,7 @@ from unclip_jax.errors import InputError
 from unclip_jax.evaluation import oracle
 from unclip_jax.jobs import Job, Progress
 from unclip_jax.stages import base
+from unclip_jax.stopping import Stopping
 
 _LOG = logging.getLogger("unclip_jax.ablations")  # __name__ is "__main__" where this is the program
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -189,7 +190,7 @@ def run(options: Options) -> int:
         times = jobs.Times(workdir)
         groups = training_jobs.core_groups(options.schedule, most=len(PARTS) - 1)
         _LOG.info("%d at a time, on cores %s", len(groups), [list(group) if group else "all" for group in groups])
-        runner = jobs.Runner(groups=groups, times=times, lock=lock, stop=jobs.Stop())
+        runner = jobs.Runner(groups=groups, times=times, lock=lock, stop=Stopping())
         try:
             code, figures = _work(options, runner, parts=len(groups))
         finally:

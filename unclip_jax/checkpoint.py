@@ -9,32 +9,30 @@ Statistics of weights (`state.OF_WEIGHTS`) are measured on a step that was saved
 there. A step without them has zeros.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
+from unclip_jax import digests, hosts
 from unclip_jax.errors import InputError
 from unclip_jax.state import OF_WEIGHTS, TrainState
 
 _LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-# Arrays of up to this many elements are digested on the host: a U-Net has hundreds, and to compile a reduction for
-# each takes longer than a laptop's whole run spends on saving.
-_HOST_ELEMENTS = 1 << 20
 # The two folders of a step that may hold its statistics; `meta` says which one does, under "items".
 _STATISTICS = ("statistics", "statistics_2")
 
@@ -46,9 +44,10 @@ class Checkpointer:
         """Opens `workdir/checkpoints`; a step is saved every `every_steps`, and the last `keep` are kept."""
         self._directory = absolute(workdir) / FOLDER
         self._every_steps = max(every_steps, 1)
+        self._keeping = _Keeping(keep, temporary=_temporary(self._directory))
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=self._every_steps,
-            max_to_keep=keep,
+            preservation_policy=self._keeping,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             create=True,
@@ -56,21 +55,28 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def due(self, step: int) -> bool:
-        """Whether the manager wants this step: its interval has come, or this job is being preempted."""
-        # Of a run without checkpoints the manager wants any step, which would be the first and least worth it.
-        return self._manager.should_save(step) and (step % self._every_steps == 0 or self.preempted(step))
+        """Whether the interval of steps says that this one is to be saved."""
+        return step % self._every_steps == 0
 
-    def preempted(self, step: int) -> bool:
-        """Whether all hosts agreed, at this step, that the job must stop. Always False on one host."""
-        return self._manager.reached_preemption(step)
+    def committed(self, step: int) -> bool:
+        """Whether this step is on disk, whole."""
+        return step in self._manager.all_steps() and not self._manager.is_saving_in_progress()
 
-    def save(self, state: TrainState, *, config: ConfigDict, extra: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        *,
+        config: ConfigDict,
+        extra: Mapping[str, Any] | None = None,
+        temporary: bool = False,
+    ) -> None:
         """Begins to save `state`, in the background; the previous save is waited for.
 
         Args:
           state: what to save; must be finite.
           config: the run's config, stored beside it.
           extra: more JSON for `meta`, such as the data's fingerprint.
+          temporary: it lasts until there is a newer one, and takes the place of none that is to be kept.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -79,10 +85,12 @@ class Checkpointer:
         meta = {
             "step": step,
             "config": config.to_dict(),
-            "arrays": {name: _described(tree) for name, tree in items.items()},
+            "arrays": {name: digests.described(tree) for name, tree in items.items()},
+            **({"temporary": True} if temporary else {}),
             **(extra or {}),
         }
         meta["digest"] = _meta_digest(meta)
+        self._keeping.note(step, temporary=temporary)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
 
@@ -95,10 +103,10 @@ class Checkpointer:
         Raises:
           InputError: there are checkpoints, but none that is whole, or they are of another network.
         """
-        steps = steps_of(self._directory)
+        steps = _same_steps(self._directory)
         for number, step in enumerate(steps):
             try:
-                meta = _read_meta(self._directory, step)
+                meta = hosts.together("meta", functools.partial(_read_meta, self._directory, step))
                 items = _read_items(self._directory, step, meta, _items(abstract))
             except InputError:
                 raise
@@ -124,12 +132,40 @@ class Checkpointer:
             for step in steps:
                 path = self._directory / str(step)
                 path.rename(self._directory / f"damaged-{step}-{len(list(self._directory.glob('damaged-*')))}")
+        hosts.from_first("retired", lambda: steps)
         self._manager.reload()
 
     def close(self) -> None:
         """Waits for the save under way and closes."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class _Keeping:
+    """Which steps stay: the newest `keep` of those that were saved to stay, and a temporary one that is the newest."""
+
+    def __init__(self, keep: int, *, temporary: set[int]):
+        self._keep, self._temporary = keep, temporary
+
+    def note(self, step: int, *, temporary: bool) -> None:
+        (self._temporary.add if temporary else self._temporary.discard)(step)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question, of whole checkpoints, oldest first."""
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        regular = [step for step in steps if step not in self._temporary]
+        kept = {*regular[-self._keep :], *steps[-1:]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _temporary(directory: epath.Path) -> set[int]:
+    """Returns the steps that were saved for a time only; one that cannot be read is none."""
+    found = set()
+    for step in steps_of(directory):
+        with contextlib.suppress(Exception):
+            if _read_meta(directory, step).get("temporary"):
+                found.add(step)
+    return found
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -144,6 +180,11 @@ def steps_of(directory: epath.PathLike) -> list[int]:
     if not directory.exists():
         return []
     return sorted((int(path.name) for path in directory.iterdir() if re.fullmatch(r"\d+", path.name)), reverse=True)
+
+
+def _same_steps(directory: epath.Path) -> list[int]:
+    """Returns the steps that process 0 sees; other hosts' view of a shared disk may be a moment older."""
+    return hosts.from_first("steps", lambda: steps_of(directory))
 
 
 def trained_on(workdir: epath.PathLike, step: int) -> dict[str, Any]:
@@ -181,7 +222,7 @@ def load(
       InputError: there is no run, no such step, or no whole checkpoint.
     """
     directory = absolute(workdir) / FOLDER
-    steps = steps_of(directory)
+    steps = _same_steps(directory)
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint; it should be the workdir of a training run")
     if step is not None and step not in steps:
@@ -189,7 +230,7 @@ def load(
     which = "ema" if ema else "params"
     for candidate in [step] if step is not None else steps:
         try:
-            meta = _read_meta(directory, candidate)
+            meta = hosts.together("meta", functools.partial(_read_meta, directory, candidate))
             config = configs.from_json_value(meta["config"])
             params, statistics = abstract(config)
             wanted = {which: params, **({"statistics": statistics} if statistics else {})}
@@ -224,7 +265,7 @@ def replace_statistics(
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder / free, dict(statistics), force=True)
     meta |= {"items": {"statistics": free}, **(extra or {})}
-    meta["arrays"]["statistics"] = _described(dict(statistics))
+    meta["arrays"]["statistics"] = digests.described(dict(statistics))
     meta["digest"] = _meta_digest(meta)
     if jax.process_index() == 0:
         (path,) = [path for path in (folder / "meta").iterdir() if path.name == "metadata"]
@@ -253,8 +294,7 @@ def _short(error: Exception) -> str:
 
 
 def _read_meta(directory: epath.Path, step: int) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(directory / str(step) / "meta")
+    meta = ocp.JsonCheckpointHandler().restore(directory / str(step) / "meta")
     stored = meta.pop("digest")
     if stored != _meta_digest(meta):
         raise ValueError("meta does not match its digest")
@@ -273,14 +313,29 @@ def _read_items(
     wanted = {item: _without_unmeasured(item, tree, meta) for item, tree in abstract.items()}
     for item, tree in wanted.items():
         _check_shapes(meta["arrays"].get(item, {}), tree, where=f"{directory / str(step)}/{item}")
-    items = {}
-    for item, tree in wanted.items():
-        if item in meta["arrays"]:
-            with ocp.StandardCheckpointer() as reader:
-                items[item] = reader.restore(directory / str(step) / _folder_of(meta, item), tree)
-            for name, found in _described(items[item]).items():
-                if found != meta["arrays"][item][name]:
+
+    def read() -> dict[str, Any]:
+        # Orbax's handlers and not its checkpointers, which wait for hosts that may have found damage meanwhile.
+        reader, folder = ocp.StandardCheckpointHandler(), directory / str(step)
+        try:
+            return {
+                item: reader.restore(folder / _folder_of(meta, item), args=ocp.args.StandardRestore(tree))
+                for item, tree in wanted.items()
+                if item in meta["arrays"]
+            }
+        finally:
+            reader.close()
+
+    def verify() -> None:
+        found = {item: digests.described(tree) for item, tree in items.items()}  # all, for hosts compute them together
+        for item, arrays in found.items():
+            for name, described in arrays.items():
+                if described != meta["arrays"][item][name]:
                     raise ValueError(f"{item}{name} does not match its digest")
+
+    items = hosts.together("read", read)
+    hosts.together("digest", verify)
+    for item, tree in wanted.items():
         if tree is not abstract[item]:
             absent = {name: x for name, x in abstract[item].items() if name not in tree}
             items[item] = {**items.get(item, {}), **jax.tree.map(_zeros, absent)}
@@ -301,7 +356,7 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _check_shapes(stored: Mapping[str, Any], abstract: Any, *, where: str) -> None:
-    wanted = {name: [str(x.dtype), list(x.shape)] for name, x in _named(abstract)}
+    wanted = {name: [str(x.dtype), list(x.shape)] for name, x in digests.named(abstract)}
     there = {name: [dtype, shape] for name, (dtype, shape, _) in stored.items()}
     differing = [name for name in wanted | there if wanted.get(name) != there.get(name)]
     if differing:
@@ -314,57 +369,3 @@ def _check_shapes(stored: Mapping[str, Any], abstract: Any, *, where: str) -> No
 
 def _meta_digest(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
-
-
-def _described(tree: Any) -> dict[str, list[Any]]:
-    """Returns name -> [dtype, shape, digest] of every array."""
-    named = _named(tree)
-    digests = jax.tree.leaves(digest([leaf for _, leaf in named]))
-    return {
-        name: [str(leaf.dtype), list(leaf.shape), int(value)]
-        for (name, leaf), value in zip(named, digests, strict=True)
-    }
-
-
-def digest(tree: Any) -> Any:
-    """Returns a uint32 per array that any one changed element changes, whatever the sharding.
-
-    The sum modulo 2^32 of each element's bits times an odd number that depends on its index: a change of one
-    element changes the sum, because odd numbers have inverses modulo 2^32. Large arrays are summed where they are.
-    """
-    return jax.tree.map(lambda x: _host_digest(x) if _is_small(x) else _device_digest(x), tree)
-
-
-def fingerprint(tree: Any) -> str:
-    """Returns 16 hexadecimal digits that stand for the names, shapes, dtypes and bits of a tree of arrays."""
-    return hashlib.sha256(json.dumps(_described(tree), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_small(x: Any) -> bool:
-    here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
-    return here and math.prod(x.shape) <= _HOST_ELEMENTS
-
-
-def _host_digest(x: Any) -> np.uint32:
-    array = np.ascontiguousarray(x).reshape(-1)
-    bits = array.view(f"u{array.dtype.itemsize}").astype(np.uint32, copy=False)
-    odd = 2 * np.arange(bits.size, dtype=np.uint32) + 1
-    return np.uint32(np.dot(bits, odd))
-
-
-@jax.jit
-def _device_digest(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        bits = x.astype(jnp.uint32)
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[np.dtype(x.dtype).itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
+from unclip_jax import hosts
 from unclip_jax.errors import InputError, nearest
 
 
@@ -100,8 +101,9 @@ RULES: dict[str, Any] = {
     "frozen": {"clip": TEXT},
     "mesh": {"data": Rule(int, -1), "fsdp": Rule(int, -1), "model": Rule(int, -1)},
     "sharding": Rule(tuple),
-    "checkpoint": {**_durations("every"), "keep": SIZE},
-    "log": {**_durations("every"), "tensorboard": SWITCH, "profile_start": COUNT, "profile_steps": COUNT},
+    "checkpoint": {**_durations("every"), "keep": SIZE, "every_minutes": RATE},
+    "log": {**_durations("every"), "tensorboard": SWITCH, "profile_start": COUNT, "profile_steps": COUNT,
+            "watchdog_seconds": RATE},
     "evaluation": {**_durations("every"), "evaluators": Rule(tuple), "examples": SIZE, "batch_size": SIZE,
                    "recall_at": SIZES, "templates": Rule(tuple), "classes": Rule(tuple), "label": TEXT,
                    "label_dataset": TEXT, "label_split": TEXT, "label_train_split": TEXT, "probe_examples": SIZE},
@@ -292,8 +294,9 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, *, accept_changes
                 f"{workdir} holds a run with another config ({named}); use another workdir, or --accept_changes"
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    # Whole or not there at all, wherever the process is killed.
-    whole = workdir / f".config-{os.getpid()}.json"
-    whole.write_text(to_json(config))
-    whole.replace(path)
+    if hosts.index() == 0:
+        # Whole or not there at all, wherever the process is killed.
+        whole = workdir / f".config-{os.getpid()}.json"
+        whole.write_text(to_json(config))
+        whole.replace(path)
     return changed

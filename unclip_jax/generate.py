@@ -9,7 +9,7 @@ steps as text; `grid.png` shows all of them with their prompts, `manifest.json` 
 
 Sample k of a prompt has the seed `--seed` + k, and the same prompt, seed, models and options make the same image,
 whatever else is asked for. Stopped by SIGTERM or Ctrl-C (exit code 42) it keeps what is written, and the same command
-makes the images that are missing. an empty prompt is refused: CLIP never saw an empty caption.
+makes the images that are missing. An empty prompt is refused: CLIP never saw an empty caption.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from PIL import Image, PngImagePlugin
 from unclip_jax import captioned_grid, metrics, programs, unclip
 from unclip_jax.data import captions as captions_lib
 from unclip_jax.errors import InputError, nearest
+from unclip_jax.stopping import Polled, Stopping
 
 _LOG = logging.getLogger("unclip_jax.generate")  # __name__ is "__main__" where this is the program
 MANIFEST, GRID = "manifest.json", "grid.png"
@@ -118,20 +118,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
             found[library] = "unknown"
     return found
-
-
-class Stop:
-    """Set by SIGTERM or SIGINT; a second signal does not wait."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise SystemExit(programs.REQUEUE)
-        self.asked = True
 
 
 class Writer:
@@ -240,7 +226,7 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def make(
-    model: unclip.UnCLIP, writer: Writer, images: Sequence[Wanted], stop: Stop, *, negative: str | None = None
+    model: unclip.UnCLIP, writer: Writer, images: Sequence[Wanted], stop: Polled, *, negative: str | None = None
 ) -> int:
     """Makes the images that are missing, a microbatch of one prior at a time; returns an exit code."""
     missing = [image for image in images if not writer.has(image)]
@@ -251,7 +237,7 @@ def make(
     for prior in unclip.PRIORS:
         own = [image for image in missing if image.prior == prior]
         for start in range(0, len(own), model.microbatch):
-            if stop.asked:
+            if stop.poll():
                 progress.close()
                 _LOG.info("stopped after %d of %d images; the same command makes the others", done, len(images))
                 return programs.REQUEUE
@@ -323,7 +309,7 @@ def main(argv: Sequence[str]) -> int:
     if negative == "":
         raise InputError("--negative_prompt is empty; leave it out: the empty caption is what guidance leaves anyway")
     programs.start_logging()
-    stop = Stop()
+    stop = Stopping()  # files are written whole, so that nothing is lost wherever it ends
     programs.start_jax(compile_cache=options.compile_cache)
     began = time.monotonic()
     names = unclip.names_for(options.models, priors=priors)

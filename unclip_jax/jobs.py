@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 from unclip_jax import programs
 from unclip_jax.errors import InputError
+from unclip_jax.stopping import Polled
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
@@ -132,18 +132,6 @@ class Times:
         temporary.replace(self._path)
 
 
-class Stop:
-    """Set by SIGTERM or SIGINT."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.asked = True
-
-
 @dataclasses.dataclass
 class _Running:
     job: Job
@@ -156,7 +144,7 @@ class _Running:
 class Runner:
     """Runs jobs over groups of cores; `started` counts the processes that it has started."""
 
-    def __init__(self, *, groups: Sequence[Sequence[int] | None], times: Times, lock: int, stop: Stop):
+    def __init__(self, *, groups: Sequence[Sequence[int] | None], times: Times, lock: int, stop: Polled):
         self._groups, self._times, self._lock, self._stop = groups, times, lock, stop
         self._running: list[_Running] = []
         self.started = 0
@@ -174,7 +162,7 @@ class Runner:
         display = _display(jobs, done, self._times)
         try:
             while waiting or self._running:
-                if self._stop.asked:
+                if self._stop.poll():
                     return self._stopped()
                 self._start_those_ready(waiting, done)
                 for entry in [entry for entry in self._running if entry.process.poll() is not None]:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, sharding
+from unclip_jax import checkpoint, digests, sharding
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.stages import base
@@ -150,7 +150,7 @@ def check_clip(parts: Mapping[str, Part]) -> None:
 def _check_weights(part: Part, clip: Part) -> None:
     """Compares CLIP's weights with those that the part's run recorded of the CLIP it read."""
     theirs = checkpoint.trained_on(part.workdir, part.step).get("frozen.clip")
-    if theirs not in (None, checkpoint.fingerprint(clip.params)):
+    if theirs not in (None, digests.fingerprint(clip.params)):
         raise InputError(
             f"{part.name} was trained on the CLIP that was in {part.config.frozen.clip}, whose weights are not those "
             f"in {clip.workdir}; give that one as clip, or train {part.name} on this one"

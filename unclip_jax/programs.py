@@ -1,29 +1,47 @@
 """What every program does around its `main`: exit codes, one-sentence errors, and JAX's settings.
 
-Exit codes: 0 done; 1 bad input (one sentence on stderr) or a bug (a traceback); 42 stopped by SIGTERM or SIGINT
-after saving, run the same command again to go on.
+Exit codes: 0 done; 1 bad input (one sentence on stderr), a bug (a traceback), a hang or the failure of another host;
+42 stopped by SIGTERM or SIGINT after saving, run the same command again to go on. On several hosts also 134, by JAX:
+another process died without a word; run the same command again.
 """
 
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
 
+from unclip_jax import hosts
 from unclip_jax.errors import InputError
 
 DONE, FAILED, REQUEUE = 0, 1, 42
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Parses flags, runs `main(argv)` and exits with its status; InputError becomes one line on stderr."""
+    """Parses flags, runs `main(argv)` and exits with its status; InputError becomes one line on stderr.
+
+    One of several hosts that fails ends all of them, and what it failed of stands in its run's folder.
+    """
     try:
         app.run(main, flags_parser=_parse)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_host()}error: {error}", file=sys.stderr)
+        if hosts.count() > 1:
+            hosts.fail(str(error))
         sys.exit(FAILED)
+    except SystemExit as end:
+        if hosts.count() > 1 and isinstance(end.code, int | None):
+            hosts.leave(end.code or DONE)
+        raise
+    except Exception as error:
+        if hosts.count() > 1:
+            print(f"{_host()}{traceback.format_exc()}", file=sys.stderr)
+            hosts.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+        hosts.write_failure(traceback.format_exc())
+        raise
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -44,11 +62,22 @@ def _config_flags() -> list[str]:
     return [name for name in flags.FLAGS if type(flags.FLAGS[name]).__name__ == "_ConfigFlag"]
 
 
+def _host() -> str:
+    return f"[{hosts.index()}] " if hosts.count() > 1 else ""
+
+
+class _Lines(logging.Formatter):
+    """On several hosts each line begins with its process's number."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _host() + super().format(record)
+
+
 def start_logging() -> None:
     """Sends this package's log to stderr from INFO on, and of the libraries beneath only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Lines("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("unclip_jax")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
@@ -58,11 +87,11 @@ def start_logging() -> None:
 def start_jax(*, compile_cache: str = "") -> None:
     """Sets JAX up for a program: compile cache, random numbers that no sharding changes, and the other hosts.
 
-    Hosts join where the environment names their coordinator, JAX_COORDINATOR_ADDRESS; else this process is alone.
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID tell a host who it is where JAX cannot detect it.
-
     Args:
       compile_cache: directory of compiled programs, kept between runs; "" leaves the cache off.
+
+    Raises:
+      InputError: see `hosts.join`.
     """
     import jax
 
@@ -70,9 +99,4 @@ def start_jax(*, compile_cache: str = "") -> None:
     if compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(compile_cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        # JAX finds out by itself on clusters that it knows; elsewhere the environment says it.
-        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
-        )
+    hosts.join()

@@ -30,6 +30,7 @@ from unclip_jax import quickstart_results as results
 from unclip_jax.data import datasets
 from unclip_jax.errors import InputError
 from unclip_jax.jobs import Job, Progress
+from unclip_jax.stopping import Stopping
 
 _LOG = logging.getLogger("unclip_jax.quickstart")  # __name__ is "__main__" where this is the program
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -114,7 +115,7 @@ def run(options: Options) -> int:
         times = jobs.Times(workdir)
         groups = training_jobs.core_groups(options.schedule, most=len(STAGES) - 1)
         _LOG.info("%d at a time, on cores %s", len(groups), [list(group) if group else "all" for group in groups])
-        runner = jobs.Runner(groups=groups, times=times, lock=lock, stop=jobs.Stop())
+        runner = jobs.Runner(groups=groups, times=times, lock=lock, stop=Stopping())
         try:
             code, figures = _work(options, runner, groups)
         finally:

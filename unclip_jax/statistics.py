@@ -21,7 +21,7 @@ the same by itself.
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,13 +31,14 @@ from etils import epath
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, fitting, metrics, programs, sharding, train
+from unclip_jax import checkpoint, digests, fitting, metrics, programs, sharding, train
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError
 from unclip_jax.inputs import Input, load_frozen
 from unclip_jax.program import Program, build
 from unclip_jax.stages import base
 from unclip_jax.state import of_data
+from unclip_jax.stopping import Stopping
 
 _LOG = logging.getLogger("unclip_jax.statistics")  # not __main__, which nobody listens to
 
@@ -76,6 +77,7 @@ def measure(
     step: int | None = None,
     batch_size: int = 64,
     overrides: dict[str, str] | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> Float[np.ndarray, "T"]:
     """Measures x_start_variance on a saved step and stores it there.
 
@@ -111,7 +113,7 @@ def measure(
     (program,) = built
     frozen = {**load_frozen(program), "statistics": statistics}
     _check_frozen(workdir, step, frozen)
-    batches = _measured(program, params, frozen, examples=examples, batch_size=batch_size)
+    batches = _measured(program, params, frozen, examples=examples, batch_size=batch_size, stop=stop)
     variance, count = x_start_variance(batches)
     placed = {
         **statistics,
@@ -137,12 +139,12 @@ def _check_frozen(workdir: str, step: int, frozen: Any) -> None:
     known = checkpoint.trained_on(workdir, step)
     for name in frozen:
         there = known.get(f"frozen.{name}")
-        if there not in (None, checkpoint.fingerprint(frozen[name])):
+        if there not in (None, digests.fingerprint(frozen[name])):
             raise InputError(f"{workdir} was trained on another {name}; give the workdir of that one as --{name}")
 
 
 def _measured(
-    program: Program, params: Any, frozen: Any, *, examples: int, batch_size: int
+    program: Program, params: Any, frozen: Any, *, examples: int, batch_size: int, stop: Callable[[], None]
 ) -> Iterable[Measured]:
     stage: Any = program.stage
     batch_size = -(-batch_size // program.mesh.size) * program.mesh.size
@@ -158,13 +160,16 @@ def _measured(
             counts = fitting.whole(placed.pop("mask"))
             errors, squares = fitting.whole(compiled(params, frozen, placed, rng))
             yield errors, squares, counts
+            stop()
             done += int(counts.sum())
             progress.report(done, {"mean_square_error": float(errors[:, counts].mean())})
     finally:
         progress.close()
 
 
-def fit(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> None:
+def fit(
+    config: ConfigDict, workdir: str, *, accept_changes: bool = False, stopping: Stopping | None = None
+) -> None:
     """Measures of the training data what the stage needs before its first step, and saves step 0.
 
     Raises:
@@ -177,7 +182,7 @@ def fit(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> No
             f"a {config.stage} with this config measures nothing before its first step; without --config, this "
             "measures the variance of a trained prior_diffusion"
         )
-    run = train.Run(config, workdir, accept_changes=accept_changes)
+    run = train.Run(config, workdir, accept_changes=accept_changes, stopping=stopping)
     try:
         run.begin()
     finally:
@@ -200,9 +205,11 @@ def main(argv: Sequence[str]) -> int:
     if not options.workdir:
         raise InputError("--workdir is missing; give that of a trained diffusion prior, or a new one and --config")
     programs.start_logging()
+    stopping = Stopping()  # nothing is lost before the end, when a rename puts all of it in place
     programs.start_jax(compile_cache=options.compile_cache)
     if options.config:
-        fit(configs.check(options.config), options.workdir, accept_changes=options.accept_changes)
+        config = configs.check(options.config)
+        fit(config, options.workdir, accept_changes=options.accept_changes, stopping=stopping)
         print(f"{epath.Path(options.workdir)} is ready for training: its data is measured")
         return programs.DONE
     moved = {"data.data_dir": options.data_dir, "frozen.clip": options.clip}
@@ -213,6 +220,7 @@ def main(argv: Sequence[str]) -> int:
         step=options.step,
         batch_size=options.batch_size,
         overrides={key: value for key, value in moved.items() if value is not None},
+        stop=stopping.now,
     )
     quarters = "  ".join(f"{part.mean():.4g}" for part in np.array_split(variance, 4))
     print(f"{options.workdir}: the variance of x_start is measured, by quarters of the process: {quarters}")

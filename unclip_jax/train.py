@@ -9,9 +9,6 @@ import dataclasses
 import functools
 import logging
 import math
-import signal
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -22,44 +19,20 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from unclip_jax import checkpoint, fitting, goodput, metrics, programs, sharding
+from unclip_jax import checkpoint, digests, fitting, goodput, hosts, metrics, programs, sharding
 from unclip_jax import config as configs
+from unclip_jax.clock import Clock
 from unclip_jax.errors import InputError
 from unclip_jax.evaluation import evaluators
 from unclip_jax.inputs import Input, load_frozen
 from unclip_jax.program import build
 from unclip_jax.state import TrainState
+from unclip_jax.stopping import Stopped, Stopping
+from unclip_jax.watchdog import Watchdog
 
 _LOG = logging.getLogger("unclip_jax.train")  # not __main__, which nobody listens to
-
-
-class Stopping:
-    """Whether to stop: SIGTERM or SIGINT here, or a preemption that all hosts agreed on."""
-
-    def __init__(self, saver: checkpoint.Checkpointer | None = None):
-        self._saver = saver
-        self._asked = threading.Event()
-        self._distributed = jax.process_count() > 1
-        # With several hosts SIGTERM belongs to JAX's preemption service, which makes all stop at one step.
-        for number in (signal.SIGINT,) if self._distributed else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number, frame):
-        if self._asked.is_set():  # a second Ctrl-C does not wait
-            sys.exit(programs.REQUEUE)
-        self._asked.set()
-
-    def now(self) -> None:
-        """Ends a process that works alone, where one was asked to stop before there is anything to save."""
-        if self._asked.is_set() and not self._distributed:
-            _LOG.info("stopped before the first step; run the same command to begin again")
-            sys.exit(programs.REQUEUE)
-
-    def at(self, step: int) -> bool:
-        """Must be called at every step by every host."""
-        if self._distributed and self._saver and self._saver.preempted(step):
-            return True
-        return self._asked.is_set()
+# How many times config.log.watchdog_seconds a save, or an evaluation between two batches, may take: it compiles, too.
+_PATIENCE = 4.0
 
 
 class Run:
@@ -72,9 +45,13 @@ class Run:
         *,
         accept_changes: bool = False,
         recorder: goodput.Recorder | None = None,
+        stopping: Stopping | None = None,
     ):
         self.goodput = recorder or goodput.Recorder()
         self.config, self.workdir = config, checkpoint.absolute(workdir)
+        self.stopping = stopping or Stopping()  # until the first step is done, a run can be ended at any moment
+        hosts.failures_belong_to(self.workdir)
+        hosts.check_same("config", dict(configs.leaves(config)))
         self.program = build(config, sharding.make_mesh(config.mesh))
         total = self.program.total_steps
         self.every = {
@@ -86,8 +63,9 @@ class Run:
         self.frozen = load_frozen(self.program)
         self.input = Input(self.program)
         # What the losses depend on beside the config and the data.
-        networks = {f"frozen.{name}": checkpoint.fingerprint(tree) for name, tree in self.frozen.items()}
+        networks = {f"frozen.{name}": digests.fingerprint(tree) for name, tree in self.frozen.items()}
         self.fingerprint = {**self.input.fingerprint, **networks}
+        hosts.check_same("input", self.fingerprint)
         self.evaluators = self._evaluators()
         changed = configs.claim_workdir(self.workdir, config, accept_changes=accept_changes)
         for key, (old, new) in changed.items():
@@ -96,7 +74,8 @@ class Run:
         self.saver = checkpoint.Checkpointer(
             self.workdir, every_steps=self.every["checkpoint"], keep=config.checkpoint.keep
         )
-        self.stopping = Stopping(self.saver)
+        self.clock = Clock(60 * config.checkpoint.get("every_minutes", 0.0))
+        self.watchdog = Watchdog(config.log.get("watchdog_seconds", 0.0))
         self.accept_changes = accept_changes
 
     def _facts(self, changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +106,7 @@ class Run:
                 put=functools.partial(sharding.put_batch, sharding=self.program.batch_sharding),
                 config=config,
                 tokenize=tokenizer.encode if tokenizer else None,
+                between=self._between_batches,
             )
             for name in config.evaluators
         ]
@@ -140,18 +120,17 @@ class Run:
             state = self.program.init(jax.random.key(self.config.seed))
             if measured:
                 state = dataclasses.replace(state, statistics={**state.statistics, **measured})
-                self.saver.save(state, config=self.config, extra={"data": self.fingerprint})
+                self._save(state)
             _overview(state.params)
             return state
         state, meta = restored
-        differing = {
-            key: (meta.get("data", {}).get(key), value)
-            for key, value in self.fingerprint.items()
-            if meta.get("data", {}).get(key) != value
-        }
+        before = {"loader": self.fingerprint["loader"], **meta.get("data", {})}  # which older checkpoints do not tell
+        differing = [key for key, value in self.fingerprint.items() if before.get(key) != value]
+        named = "; ".join(f"{key} was {before.get(key)!r}, is {self.fingerprint[key]!r}" for key in differing)
         if differing and not self.accept_changes:
-            named = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in differing.items())
             raise InputError(f"{self.workdir} was trained on other input ({named}); restore it, or --accept_changes")
+        if differing:
+            _LOG.warning("resuming on other input: %s", named)
         _LOG.info("resuming %s at step %d", self.workdir, int(state.step))
         return state
 
@@ -176,8 +155,7 @@ class Run:
     def run(self) -> int:
         """Trains to the end; returns an exit code."""
         with self.goodput:
-            step = self._run()
-        return programs.DONE if step >= self.program.total_steps else programs.REQUEUE
+            return self._run()
 
     def _run(self) -> int:
         state = self.begin()
@@ -185,21 +163,39 @@ class Run:
         self.goodput.at(step)
         self.writer = metrics.Writer(self.workdir, tensorboard=self.config.log.tensorboard)
         try:
-            if step < self.program.total_steps:
-                state, step = self._loop(state, step)
-            elif not self._is_evaluated(step):  # killed after the last save
-                self._evaluate(state, step)
-        finally:
-            self.writer.close()
-            with self.goodput.span(goodput.SAVE):
-                self.saver.close()
-        return step
+            if self._evaluates(step) and not hosts.from_first("evaluated", lambda: self._is_evaluated(step)):
+                self._evaluate(state, step)  # it ended between the save and this
+            stopped = step < self.program.total_steps and self._loop(state, step)
+        except Stopped:  # in an evaluation, before which its step is saved
+            stopped = True
+        except Exception:
+            if hosts.count() == 1:  # several would wait for the one that failed before it could tell them
+                self._close()
+            raise
+        self._close()
+        return programs.REQUEUE if stopped else programs.DONE
+
+    def _close(self) -> None:
+        self.writer.close()
+        self.watchdog.feed("the last save", times=_PATIENCE)
+        with self.goodput.span(goodput.SAVE):
+            self.saver.close()
+        self.watchdog.rest()
+
+    def _evaluates(self, step: int) -> bool:
+        due = step == self.program.total_steps or (step and step % self.every["evaluation"] == 0)
+        return bool(self.evaluators and due)
 
     def _is_evaluated(self, step: int) -> bool:
-        row = metrics.read(self.workdir).get(step, {})
-        return not self.evaluators or any(name.startswith("evaluation/") for name in row)
+        return any(name.startswith("evaluation/") for name in metrics.read(self.workdir).get(step, {}))
 
-    def _loop(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+    def _save(self, state: TrainState, *, temporary: bool = False) -> None:
+        self.clock.restart()
+        with self.goodput.span(goodput.SAVE):
+            self.saver.save(state, config=self.config, extra={"data": self.fingerprint}, temporary=temporary)
+
+    def _loop(self, state: TrainState, step: int) -> bool:
+        """Steps to the end, or until it is told to stop; returns whether it was."""
         program, config = self.program, self.config
         batches = self.input.training(step)
         progress = metrics.Progress(
@@ -209,6 +205,7 @@ class Run:
         window: list[dict[str, Any]] = []
         began = time.monotonic()
         first = step
+        self.watchdog.rest()  # a compilation takes as long as it takes
         while step < program.total_steps:
             _profile(config.log, self.workdir, step)
             with self.goodput.span(goodput.DATA):
@@ -224,25 +221,28 @@ class Run:
                 jax.block_until_ready(report)
                 _LOG.info("first step, compiled, after %.1f s", time.monotonic() - began)
                 progress.restart_clock()
+            self.stopping.disposable = lambda: False
+            self.watchdog.feed(f"what follows step {step}")
             if step % self.every["log"] == 0 or step == program.total_steps:
                 self._log(step, window, progress)
                 window = []
-            stop = self.stopping.at(step)
-            if stop or self.saver.due(step) or step == program.total_steps:
+            stop = self.stopping.poll()
+            regular = stop or self.saver.due(step) or step == program.total_steps
+            if self.clock.rings(step) or regular or self._evaluates(step):
+                self.watchdog.feed(f"the save of step {step}", times=_PATIENCE)
                 guard.drain()
                 # A bad step is never saved. Where no later one can be, what came before it is, to be gone on from.
                 if guard.last_step_good or stop or step == program.total_steps:
-                    with self.goodput.span(goodput.SAVE):
-                        self.saver.save(state.last_good(), config=config, extra={"data": self.fingerprint})
+                    self._save(state.last_good(), temporary=not regular)
             if stop:
                 _LOG.info("stopped at step %d; run the same command to go on", step)
                 break
-            if self.evaluators and (step % self.every["evaluation"] == 0 or step == program.total_steps):
+            if self._evaluates(step):
                 self._evaluate(state, step)
                 progress.restart_clock()
         progress.close()
         batches.close()
-        return state, step
+        return stop and (step < program.total_steps or self._evaluates(step))
 
     def _log(self, step: int, window: list[dict[str, Any]], progress: metrics.Progress) -> None:
         window = jax.device_get(window)
@@ -253,7 +253,13 @@ class Run:
         self.goodput.report()
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        """Runs the evaluators that the config names, on the moving average."""
+        """Runs the evaluators that the config names, on the moving average.
+
+        Raises:
+          Stopped: the run is to stop; nothing is written of this evaluation, which the same command makes up for.
+        """
+        self.watchdog.feed(f"the evaluation of step {step}", times=_PATIENCE)
+        self.stopping.disposable = functools.partial(self.saver.committed, step)
         frozen = {**self.frozen, "statistics": state.statistics}
         scalars = {}
         with self.goodput.span(goodput.EVALUATION):
@@ -266,6 +272,10 @@ class Run:
         self.writer.scalars(step, scalars)
         shown = "  ".join(f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in scalars.items())
         _LOG.info("evaluation at step %d: %s", step, shown)
+
+    def _between_batches(self) -> None:
+        self.watchdog.feed("a batch of the evaluation", times=_PATIENCE)
+        self.stopping.check()
 
 
 class _Guard:
@@ -331,10 +341,12 @@ def main(argv) -> int:
     if not _CONFIG.value or not _WORKDIR.value:
         raise InputError("give --config=configs/STAGE.py:VARIANT and --workdir=FOLDER")
     programs.start_logging()
+    stopping = Stopping()
     programs.start_jax(compile_cache=_CACHE.value)
     config = configs.check(_CONFIG.value)
     recorder = goodput.Recorder(since=goodput.process_began())
-    return Run(config, _WORKDIR.value, accept_changes=_ACCEPT.value, recorder=recorder).run()
+    run = Run(config, _WORKDIR.value, accept_changes=_ACCEPT.value, recorder=recorder, stopping=stopping)
+    return run.run()
 
 
 if __name__ == "__main__":

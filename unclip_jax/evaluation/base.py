@@ -50,6 +50,7 @@ class Evaluator(abc.ABC):
       put: places a host batch on the devices.
       config: `config.evaluation`.
       tokenize: captions to token ids as the model reads them; None where it reads none.
+      between: called before each batch, equally often on all hosts; raises where the evaluation shall end.
     """
 
     needs: tuple[str, ...] = ()
@@ -63,9 +64,10 @@ class Evaluator(abc.ABC):
         put: Callable[[Mapping[str, np.ndarray]], Batch],
         config: ConfigDict,
         tokenize: Tokenize | None = None,
+        between: Callable[[], None] = lambda: None,
     ):
         self.predict, self.specs, self.data, self.put, self.config = predict, specs, data, put, config
-        self.tokenize = tokenize
+        self.tokenize, self.between = tokenize, between
 
     def check(self) -> None:
         """Looks at config and data before a run writes anything; raises InputError where they do not do."""
@@ -81,7 +83,9 @@ class Evaluator(abc.ABC):
         spec = {field: value for name in names for field, value in self.specs[name].items()}
         if source != "evaluation":
             spec["label"] = jax.ShapeDtypeStruct((size,), np.int32)
-        yield from self.data.batches(spec, source=source, limit=limit or self.config.examples, batch_size=size)
+        for batch in self.data.batches(spec, source=source, limit=limit or self.config.examples, batch_size=size):
+            self.between()
+            yield batch
 
     def batches(self, *names: str) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yields (device batch, mask of the global batch) of the evaluation split."""

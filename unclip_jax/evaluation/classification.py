@@ -121,6 +121,7 @@ class ZeroShot(Labelled):
         size, length = spec.shape
         sums: Any = 0.0
         for start in range(0, len(prompts), size):
+            self.between()
             tokens = np.zeros((size, length), spec.dtype)
             rows = np.arange(start, start + size, dtype=np.int32)
             part = prompts[start : start + size]

@@ -114,6 +114,7 @@ def create(
     put: Callable[[Mapping[str, np.ndarray]], Batch],
     config: ConfigDict,
     tokenize: Tokenize | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluator:
     """Returns the evaluator of that name, which has looked at its config and its data; arguments as in `Evaluator`.
 
@@ -125,6 +126,8 @@ def create(
     missing = [need for need in TABLE[name].needs if need not in predict]
     if missing:
         raise InputError(f"evaluator {name!r} needs {missing[0]!r}, which this stage does not predict; take it out")
-    made = TABLE[name](predict=predict, specs=specs, data=data, put=put, config=config, tokenize=tokenize)
+    made = TABLE[name](
+        predict=predict, specs=specs, data=data, put=put, config=config, tokenize=tokenize, between=between
+    )
     made.check()
     return made
