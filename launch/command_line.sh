@@ -4,6 +4,7 @@
 # shellcheck disable=SC2034  # what is set here is for those that source this
 
 EXIT_DONE=0 EXIT_FAILED=1 EXIT_REQUEUE=42  # exit codes of the programs, and of the launchers
+JOIN_SECONDS=900  # that hosts wait for each other at the start: nodes come, and pull the image, one after the other
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit "$EXIT_FAILED"; }

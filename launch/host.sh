@@ -67,7 +67,7 @@ start() {
     --property=KillMode=mixed --property=TimeoutStopSec=120 --property=After=network-online.target \
     --property=LimitMEMLOCK=infinity --property=LimitNOFILE=1048576 \
     --property="StandardOutput=append:$HOME/unclip_jax.log" --property="StandardError=append:$HOME/unclip_jax.log" \
-    --setenv=PYTHONUNBUFFERED=1 --setenv="HOME=$HOME" --setenv="JAX_COORDINATOR_ADDRESS=$meeting" \
+    --setenv=PYTHONUNBUFFERED=1 --setenv=UNCLIP_JOIN_SECONDS=900 --setenv="HOME=$HOME" --setenv="JAX_COORDINATOR_ADDRESS=$meeting" \
     "$checkout/.venv/bin/python" -m "unclip_jax.$program" "$@"
 }
 

@@ -74,9 +74,15 @@ spec:
         action: RestartJobSetAndIgnoreMaxRestarts
         onJobFailureReasons: [PodFailurePolicy]
         onJobFailureMessagePatterns: ["exit code $EXIT_REQUEUE ", "condition DisruptionTarget "]
+END
+  if [ -z "${option[retry-errors]}" ]; then
+    cat << END
       - name: failed
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
+END
+  fi
+  cat << END
   replicatedJobs:
     - name: slice
       replicas: ${option[slices]}
@@ -92,10 +98,14 @@ spec:
                 onExitCodes: {containerName: program, operator: In, values: [$EXIT_REQUEUE]}
               - action: FailJob
                 onPodConditions: [{type: DisruptionTarget, status: "True"}]
+END
+  if [ -z "${option[retry-errors]}" ]; then
+    cat << END
               - action: FailJob
                 onExitCodes: {containerName: program, operator: In, values: [$EXIT_FAILED]}
-          template:
 END
+  fi
+  echo "          template:"
   if [ -n "${option[bucket]}" ]; then
     cat << END
             metadata:
@@ -141,6 +151,7 @@ END
                   env:
                     # GKE tells each pod which host of which slice it is, and JAX reads that; this is where all meet.
                     - {name: JAX_COORDINATOR_ADDRESS, value: "$jobset-slice-0-0.$jobset:8482"}
+                    - {name: UNCLIP_JOIN_SECONDS, value: "$JOIN_SECONDS"}
                   securityContext:
                     privileged: true  # the chips' devices, and memory that is pinned for them, are root's
                     runAsUser: 0

@@ -10,6 +10,7 @@ define_cluster_options() {
   define image "" "the image with its tag, as launch/image.sh prints it"
   define restarts 20 "how often the job may crash and be started again"
   define grace 120 "seconds that a program has to save after SIGTERM (a spot node gives 15 at most)"
+  define_flag retry-errors "start again after exit code 1 as well, as after a crash: once a run has shown that it can"
   define_flag wait "stay until the job ends, and end as it does"
   define poll 60 "seconds between two looks"
   define "do" run "run, status, logs or delete"

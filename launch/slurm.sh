@@ -28,6 +28,7 @@ define mounts "" "what the container sees, FROM:TO,FROM:TO; the workdir and the 
 define logs runs/slurm "folder of the output"
 define notice 120 "seconds before the time limit at which the program is told to save"
 define restarts 100 "how often the job may queue itself again"
+define_flag retry-errors "start again after exit code 1 as well, as after a crash: once a run has shown that it can"
 define_flag wait "stay until the job ends, and end as it does"
 define poll 60 "seconds between two looks"
 define "do" run "run, status, logs, stop (SIGTERM: it saves, and is queued again) or cancel"
@@ -65,7 +66,7 @@ submit() {
   for name in time partition account qos; do
     [ -z "${option[$name]}" ] || command_line+=("--$name=${option[$name]}")
   done
-  command_line+=(launch/slurm.sbatch "${option[restarts]}" "${option[gpus]}" "${option[python]}" "${option[container]}"
+  command_line+=(launch/slurm.sbatch "${option[restarts]}" "${option[retry-errors]}" "${option[gpus]}" "${option[python]}" "${option[container]}"
     "${option[mounts]}" "${words[@]}")
 }
 

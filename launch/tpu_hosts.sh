@@ -23,6 +23,7 @@ define_tpu_options() {
   define_flag internal-ips "no external addresses; the network needs Cloud NAT to install anything"
   define_flag keep "leave the TPU, and its price, when the job ends"
   define restarts 100 "how often the job may be started again"
+  define_flag retry-errors "start again after exit code 1 as well, as after a crash: once a run has shown that it can"
   define poll 60 "seconds between two looks"
   define "do" run "run, status, logs, stop (SIGTERM: the job saves) or delete"
 }
@@ -193,13 +194,13 @@ run_job() {
     watch_job || return 0
     if [ "$failed$stopped$crashed$none" = 0000 ]; then tell "done"; finish "$EXIT_DONE"; fi
     # Where other hosts crashed, an error of this one may be theirs: a peer that is lost.
-    if [ "$failed" != 0 ] && [ "$stopped$crashed$none" = 000 ]; then
+    if [ "$failed" != 0 ] && [ "$stopped$crashed$none" = 000 ] && [ -z "${option[retry-errors]}" ]; then
       on_hosts "$LAST_LINES" || true
       say "error: ${words[0]} failed on $failed hosts of ${option[name]}; its last lines are above"
       finish "$EXIT_FAILED"
     fi
     if [ $((failed + crashed)) != 0 ]; then crashes=$((crashes + 1)); else crashes=0; fi
-    [ $crashes -lt 5 ] || { say "error: ${words[0]} crashed 5 times in a row on machines that were well"; finish "$EXIT_FAILED"; }
+    [ $crashes -lt 5 ] || { say "error: ${words[0]} failed or crashed 5 times in a row on machines that were well"; finish "$EXIT_FAILED"; }
     again "$(counts)"
   done
 }

@@ -47,8 +47,9 @@ launch() {
   create=(xpk workload create "${where[@]}" "--workload=$jobset" "--tpu-type=$tpu_accelerator_type"
     "--num-slices=${option[slices]}" "--docker-image=${option[image]}" "--max-restarts=${option[restarts]}"
     "--termination-grace-period-seconds=${option[grace]}" "--priority=${option[priority]}"
-    "--env=JAX_COORDINATOR_ADDRESS=$jobset-slice-job-0-0.$jobset:8482"
+    "--env=JAX_COORDINATOR_ADDRESS=$jobset-slice-job-0-0.$jobset:8482" "--env=UNCLIP_JOIN_SECONDS=$JOIN_SECONDS"
     "--command=exec python -m unclip_jax.$(quote_all "${words[@]}")")
+  [ -z "${option[retry-errors]}" ] || create+=("--restart-on-exit-codes=$EXIT_FAILED")
   get_credentials
   if [ -n "${option[dry-run]}" ]; then
     note "unless it is there already; deleted first where it failed:"

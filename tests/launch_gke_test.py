@@ -84,15 +84,17 @@ def test_the_validation_finds_what_kubernetes_would_refuse(machine):
 
 
 def test_exit_codes_mean_to_kubernetes_what_they_mean_to_the_programs(machine):
-    found = manifest(machine)
-    assert jobset_schema.action_after(found, code=42) == "RestartJobSetAndIgnoreMaxRestarts"
-    assert (
-        jobset_schema.action_after(found, code=137, condition="DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
-    )
+    found, uncounted = manifest(machine), "RestartJobSetAndIgnoreMaxRestarts"
+    assert jobset_schema.action_after(found, code=42) == uncounted
+    assert jobset_schema.action_after(found, code=137, condition="DisruptionTarget") == uncounted
     assert jobset_schema.action_after(found, code=1) == "FailJobSet"
     for code in (134, 137, 139, 143):
         assert jobset_schema.action_after(found, code=code) == "RestartJobSet"  # counted, up to maxRestarts
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 20
+    patient = manifest(machine, "--retry-errors")
+    jobset_schema.check(patient)
+    assert jobset_schema.action_after(patient, code=1) == "RestartJobSet"
+    assert jobset_schema.action_after(patient, code=42) == uncounted
 
 
 def test_python_is_process_1_and_gets_its_options_unchanged(machine):

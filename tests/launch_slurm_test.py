@@ -27,7 +27,7 @@ def test_a_dry_run_prints_the_job_that_a_run_submits(machine):
     assert {"--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=64"} <= set(job)
     assert {"--requeue", "--signal=B:TERM@120", "--time=24:00:00", "--partition=gpu"} <= set(job)
     script = job.index("launch/slurm.sbatch")
-    assert job[script + 1 :] == ["100", "8", ".venv/bin/python", IMAGE, "", *TRAIN, ODD]
+    assert job[script + 1 :] == ["100", "", "8", ".venv/bin/python", IMAGE, "", *TRAIN, ODD]
 
 
 STATES = [(0, f"JobId=77 JobName=clip JobState={state} Reason=None") for state in ("PENDING", "RUNNING")]
@@ -57,7 +57,7 @@ def test_a_job_that_is_queued_is_joined_and_not_submitted_again(machine):
 
 NODES = "node[01-04]"
 NODE = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": NODES, "SLURM_JOB_NUM_NODES": "4", "SLURM_CPUS_PER_TASK": "64"}
-JOB = ("launch/slurm.sbatch", "3", "8", "/shared/venv/bin/python")
+JOB = ("launch/slurm.sbatch", "3", "", "8", "/shared/venv/bin/python")
 
 
 def on_node(machine: Machine, *words: str, **more: str) -> subprocess.CompletedProcess:
@@ -74,6 +74,15 @@ def test_the_job_queues_itself_again_where_that_can_help(machine, code, restarts
     done = on_node(machine, "", "", *TRAIN, SLURM_RESTART_COUNT=str(restarts))
     assert done.returncode == status, done.stderr
     assert (["scontrol", "requeue", "77"] in machine.calls) == requeued
+
+
+def test_an_error_is_repeated_where_that_is_asked_for(machine):
+    machine.answer(("^srun", [(1, "")]))
+    asked = ("launch/slurm.sbatch", "3", "1", *JOB[3:], "", "", *TRAIN)
+    assert machine.run("bash", *asked, SLURM_SUBMIT_DIR=str(machine.checkout), **NODE).returncode == 42
+    assert ["scontrol", "requeue", "77"] in machine.calls
+    dry = machine.run("launch/slurm.sh", *OPTIONS, "--retry-errors", "--dry-run", *TRAIN)
+    assert "launch/slurm.sbatch 100 1 8 " in dry.stdout
 
 
 def test_the_nodes_processes_know_where_they_meet_and_which_gpus_are_theirs(machine):

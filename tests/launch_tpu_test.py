@@ -127,10 +127,17 @@ def test_a_job_that_failed_is_not_started_again_and_its_last_lines_are_shown(mac
     assert "error: no such data set" in done.stdout and "failed on 2 hosts" in done.stderr
 
 
+def test_an_error_is_repeated_where_that_is_asked_for(machine):
+    looks = [hosts(*ends, job=JOB) for ends in (("empty", "empty"), ("failed", "failed"), ("failed", "failed"))]
+    done = follow(machine, [(0, "ACTIVE")], [*looks, hosts("done", "done", job=JOB)], "--retry-errors")
+    assert done.returncode == 0, done.stderr
+    assert machine.verbs(*STEPS) == ["scp", "install", "host.sh start", "host.sh start", "delete"]
+
+
 def test_crashes_are_repeated_with_longer_and_longer_pauses_and_then_given_up(machine):
     looks = [hosts("killed", "failed", job=JOB)]
     done = follow(machine, [(0, "ACTIVE")], looks)
-    assert done.returncode == 1 and "crashed 5 times in a row" in done.stderr
+    assert done.returncode == 1 and "failed or crashed 5 times in a row" in done.stderr
     assert machine.verbs(*STEPS).count("host.sh start") == 5
     pauses = [int(call[1]) for call in machine.calls if call[0] == "sleep"]
     assert pauses == [20, 40, 80, 160]
