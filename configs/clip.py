@@ -32,7 +32,7 @@ def _laptop(emoji):
 
 def _paper():
     config = common.pod(common.base(stage="clip", batch_size=32768, steps=390_000))  # 12.8 billion pairs
-    config.model = {**common.clip_paper(), "remat": True, "logit_scale_max": 100.0}
+    config.model = {**common.clip_paper(), "remat": "full", "logit_scale_max": 100.0}
     config.sam = _sam(rho=0.1)
     config.optim.update({"learning_rate": 3e-4, "schedule": "cosine", "weight_decay": 0.2, "beta2": 0.98, "eps": 1e-6})
     config.optim.update(common.durations(warmup_steps=2000))
@@ -43,7 +43,7 @@ def _paper():
 
 def _small():
     config = common.accelerator(common.base(stage="clip", batch_size=512, steps=200_000))
-    config.model = {**common.clip_small(), "remat": True, "logit_scale_max": 100.0}
+    config.model = {**common.clip_small(), "remat": "full", "logit_scale_max": 100.0}
     config.optim.update({"learning_rate": 5e-4, "schedule": "cosine", "weight_decay": 0.2, "beta2": 0.98, "eps": 1e-6})
     config.optim.update(common.durations(warmup_steps=2000))
     config.evaluation.evaluators = ("loss", "retrieval")

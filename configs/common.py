@@ -148,7 +148,7 @@ def clip_paper() -> dict:
         "text_heads": 16,
         "embed_dim": 1024,
         "activation": "gelu",
-        "remat": False,
+        "remat": "none",
     }
 
 
@@ -176,13 +176,13 @@ def text_paper() -> dict:
         "depth": 24,
         "heads": 32,
         "activation": "gelu",
-        "remat": False,
+        "remat": "none",
     }
 
 
 def text_small() -> dict:
     """The caption encoder of the configs for one accelerator."""
-    return {**text_paper(), "context_length": 128, "width": 512, "depth": 12, "heads": 8, "remat": True}
+    return {**text_paper(), "context_length": 128, "width": 512, "depth": 12, "heads": 8, "remat": "full"}
 
 
 def clip_tiny(*, emoji: bool) -> dict:
@@ -203,7 +203,7 @@ def clip_tiny(*, emoji: bool) -> dict:
         "text_heads": 3,
         "embed_dim": 64,
         "activation": "quick_gelu",
-        "remat": False,
+        "remat": "none",
     }
 
 
@@ -216,7 +216,7 @@ def text_tiny() -> dict:
         "depth": 2,
         "heads": 3,
         "activation": "quick_gelu",
-        "remat": False,
+        "remat": "none",
     }
 
 

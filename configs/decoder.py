@@ -30,7 +30,7 @@ def _laptop(emoji):
             "head_channels": 16,
             "dropout": 0.0,
             "scale_shift": "film",
-            "remat": False,
+            "remat": "none",
         },
         "text": common.text_tiny(),
         "embed_dim": 64,
@@ -78,12 +78,12 @@ def _large(config, clip, text, unet):
 
 def _paper():
     config = common.pod(common.base(stage="decoder", batch_size=2048, steps=800_000))
-    return _large(config, common.clip_paper(), common.text_paper(), {"channels": 512, "remat": False})
+    return _large(config, common.clip_paper(), common.text_paper(), {"channels": 512, "remat": "none"})
 
 
 def _small():
     config = common.accelerator(common.base(stage="decoder", batch_size=64, steps=500_000))
-    return _large(config, common.clip_small(), common.text_small(), {"channels": 128, "remat": True})
+    return _large(config, common.clip_small(), common.text_small(), {"channels": 128, "remat": "full"})
 
 
 def _glide(config):

@@ -29,7 +29,7 @@ def _laptop(emoji):
         "depth": 3,
         "heads": 3,
         "activation": "quick_gelu",
-        "remat": False,
+        "remat": "none",
     }
     config.fit_examples = 4096
     config.dot_top = 0.5
@@ -57,7 +57,7 @@ def _paper():
     config = common.pod(common.base(stage="prior_ar", batch_size=4096, steps=1_000_000))
     config.optim.ema_decay = 0.999
     text = {"context_length": 256, "text_width": 2048, "text_depth": 24, "text_heads": 32}
-    decoder = {"width": 1664, "depth": 24, "heads": 26, "remat": False}
+    decoder = {"width": 1664, "depth": 24, "heads": 26, "remat": "none"}
     codes = {"components": 319, "buckets": 1024, "dot_buckets": 1024}
     return _large(config, common.clip_paper(), {**text, **decoder, **codes})
 
@@ -65,7 +65,7 @@ def _paper():
 def _small():
     config = common.accelerator(common.base(stage="prior_ar", batch_size=256, steps=300_000))
     text = {"context_length": 77, "text_width": 768, "text_depth": 12, "text_heads": 12}
-    decoder = {"width": 768, "depth": 12, "heads": 12, "remat": True}
+    decoder = {"width": 768, "depth": 12, "heads": 12, "remat": "full"}
     codes = {"components": 160, "buckets": 1024, "dot_buckets": 1024}
     return _large(config, common.clip_small(), {**text, **decoder, **codes})
 

@@ -27,7 +27,7 @@ def _laptop(emoji, second):
         "dropout": 0.0,
         "scale_shift": "film",
         "norm_groups": 32 if emoji else 4,
-        "remat": False,
+        "remat": "none",
     }
     config.low_res_size = low
     config.data.degradation = "gaussian_blur"
@@ -69,13 +69,13 @@ _MULT = {False: (1, 2, 3, 4), True: (1, 1, 2, 2, 4, 4)}
 def _paper(second):
     size = {"channels": 192, "depth": 2} if second else {"channels": 320, "depth": 3}
     config = common.base(stage="upsampler", batch_size=512 if second else 1024, steps=1_000_000)
-    return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": False})
+    return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": "none"})
 
 
 def _small(second):
     config = common.accelerator(common.base(stage="upsampler", batch_size=8 if second else 32, steps=500_000))
     size = {"channels": 96 if second else 128, "depth": 2}
-    return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": True})
+    return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": "full"})
 
 
 VARIANTS = {

@@ -15,7 +15,7 @@ from unclip_jax import config as configs
 from unclip_jax import flops, sharding
 from unclip_jax.description import describe
 from unclip_jax.errors import InputError
-from unclip_jax.models.layers import Transformer, causal_mask
+from unclip_jax.models.transformer import Transformer, causal_mask
 from unclip_jax.models.unet import UNet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

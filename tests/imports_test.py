@@ -39,7 +39,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Parts that may not use everything beneath them. A stage is pure functions; the data it is fed is not its business.
 ONLY = {
     "stages": {"errors", "arrays", "sharding", "replicas", "models", "diffusion"},
-    "models": {"errors", "arrays"},
+    "models": {"errors", "arrays", "sharding"},
     "diffusion": {"errors", "arrays"},
     "data": {"errors", "arrays"},
 }

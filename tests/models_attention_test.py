@@ -1,10 +1,12 @@
-"""Attention in chunks, which CPUs take, against attention at once, and where each is used."""
+"""Attention in chunks, which CPUs take, and by TPUs' kernel, against attention at once, and where each is used."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unclip_jax import sharding
+from unclip_jax.models import attention
 from unclip_jax.models.attention import attend
 
 RNG = np.random.default_rng(0)
@@ -60,3 +62,40 @@ def test_an_accelerator_attends_at_once(platform):
 def test_few_queries_and_those_that_make_no_whole_chunks_go_at_once(count):
     assert "stablehlo.while" not in jax.jit(attend).lower(Q[:, :count], K, V).as_text()
     np.testing.assert_allclose(attend(Q[:, :count], K, V), attend(Q, K, V)[:, :count], atol=2e-6)
+
+
+@pytest.mark.parametrize("keys", [140, 2100], ids=["one block of keys", "several"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "some"])
+def test_the_kernel_of_a_tpu_is_softmax_attention_with_its_gradients(keys, masked):
+    q, k, v = (jnp.asarray(RNG.standard_normal((2, count, 2, 8)), jnp.float32) for count in (128, keys, keys))
+    mask = jnp.asarray(RNG.random((2, 1, 1, keys)) > 0.4) if masked else None
+
+    def kernel(q, k, v):  # interpreted: there is no TPU
+        return (attention._attend_by_kernel(q, k, v, mask, interpret=True) * TOWARD[:, :, :2]).sum()
+
+    def plain(q, k, v):
+        return (jax.nn.dot_product_attention(q, k, v, mask=mask) * TOWARD[:, :, :2]).sum()
+
+    found, wanted = (jax.value_and_grad(function, (0, 1, 2))(q, k, v) for function in (kernel, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, wanted)
+
+
+def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_examples_and_heads():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "model": 2}, jax.devices()[:4])
+    q, k, v = (part[:, :, :2] for part in (Q, K, V))
+
+    def kernel(q, k, v):
+        with sharding.on(mesh, (("heads", "model"),)):
+            return attention._attend_by_kernel(q, k, v, SEEN, interpret=True)
+
+    text = jax.jit(kernel).lower(q, k, v).as_text()
+    assert "tensor<1x128x1x8xf32>" in text  # of 2 examples and 2 heads
+    np.testing.assert_allclose(jax.jit(kernel)(q, k, v), by_hand(q, k, v, SEEN), atol=2e-6)
+
+
+@pytest.mark.parametrize("count, calls", [(1024, 1), (256, 0)])
+def test_a_tpu_takes_the_kernel_where_logits_are_many(count, calls):
+    q = jnp.zeros((1, count, 1, 64), jnp.bfloat16)
+    k = jnp.zeros((1, count + 260, 1, 64), jnp.bfloat16)
+    lowered = jax.jit(attend).trace(q, k, k).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") == calls

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.models import layers
+from unclip_jax.models import layers, transformer
 
 
 def random_params(module, *args, seed=0):
@@ -83,7 +83,7 @@ def test_attention_is_one_softmax_over_context_and_tokens(with_context):
     x = rng.normal(size=(2, 5, 8))
     context = rng.normal(size=(2, 3, 6)) if with_context == "context" else None
     args = [None if a is None else jnp.asarray(a, jnp.float32) for a in (x, context)]
-    module = layers.Attention(2)
+    module = transformer.Attention(2)
     params = random_params(module, *args)
     y, cache = module.apply(params, *args)
     assert cache is None
@@ -91,12 +91,12 @@ def test_attention_is_one_softmax_over_context_and_tokens(with_context):
 
 
 def test_cached_tokens_equal_a_causal_pass():
-    module = layers.Transformer(depth=3, heads=2)
+    module = transformer.Transformer(depth=3, heads=2)
     x = jax.random.normal(jax.random.key(0), (2, 7, 16))
     params = random_params(module, x)
-    whole, _ = jax.jit(module.apply)(params, x, mask=layers.causal_mask(7))
+    whole, _ = jax.jit(module.apply)(params, x, mask=transformer.causal_mask(7))
     apply = jax.jit(lambda x, cache: module.apply(params, x, cache=cache))
-    cache = layers.empty_cache(depth=3, batch=2, length=9, heads=2, head_dim=8, dtype=jnp.float32)
+    cache = transformer.empty_cache(depth=3, batch=2, length=9, heads=2, head_dim=8, dtype=jnp.float32)
     parts = []
     for start, stop in [(0, 4), (4, 5), (5, 7)]:
         y, cache = apply(x[:, start:stop], cache)

@@ -87,9 +87,10 @@ def test_remat_changes_no_gradient():
     def gradient(module):
         return jax.jit(jax.grad(lambda p: jnp.square(module.apply(p, *args)).mean()))(params)
 
-    pairs = zip(*(jax.tree.leaves(gradient(m)) for m in (module, module.clone(remat=True))), strict=True)
-    for plain, recomputed in pairs:
-        np.testing.assert_allclose(plain, recomputed, rtol=1e-3, atol=1e-5)
+    gradients = [jax.tree.leaves(gradient(module.clone(remat=policy))) for policy in ("none", "products", "full")]
+    for plain, *recomputed in zip(*gradients, strict=True):
+        for one in recomputed:
+            np.testing.assert_allclose(plain, one, rtol=1e-3, atol=1e-5)
 
 
 def test_bfloat16_stays_near_float32_and_returns_float32(conditioned):

@@ -44,7 +44,7 @@ def plain_loss(z_i, z_t, scale):
 
 def split_loss(mesh):
     def loss(z_i, z_t, scale):
-        with replicas.on(mesh):
+        with sharding.on(mesh, ()):
             return replicas.by_rows(clip.contrastive_loss, z_i, z_t, whole=scale)
 
     return loss

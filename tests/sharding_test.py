@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from unclip_jax import sharding
 from unclip_jax.errors import InputError
+from unclip_jax.models import layers
 
 RULES = (("embed", "fsdp"), ("mlp", "model"), ("heads", "model"))
 
@@ -75,7 +76,7 @@ def test_two_dimensions_on_one_mesh_axis_are_refused(mesh):
 
 
 def test_an_axis_that_the_mesh_lacks_is_refused(mesh):
-    with pytest.raises(InputError, match=r"'embed' to mesh axis 'tensor'; the mesh has \('data', 'fsdp', 'model'\)"):
+    with pytest.raises(InputError, match=r"'embed' to mesh axis 'tensor'; the mesh has \('slice', 'data', 'fsdp', "):
         sharding.partition_spec(("embed",), (4,), (("embed", "tensor"),), mesh)
 
 
@@ -106,3 +107,60 @@ def test_batches_divide_over_replicas_and_accumulation(mesh, size, accumulation,
     else:
         with pytest.raises(InputError, match=rf"batch_size={size} does not divide .* is {nearest}$"):
             sharding.check_batch(size, mesh, accumulation=accumulation)
+
+
+def test_slices_are_the_outermost_axis_and_inferred_where_devices_do_not_say():
+    mesh = sharding.make_mesh({"slice": 2, "data": -1, "fsdp": 2})
+    assert mesh.shape == {"slice": 2, "data": 2, "fsdp": 2, "model": 1}
+    assert list(mesh.devices[0].flat) == jax.devices()[:4]
+    assert sharding.make_mesh({"slice": -1, "data": -1}).shape["slice"] == 1
+
+
+def _dense_on(mesh, rules):
+    """A step's worth of one layer: (jitted gradient of a loss, its arguments placed as `rules` say)."""
+    module = layers.dense(8, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    boxed = module.init(jax.random.key(1), x)
+    placed = jax.device_put(nn.meta.unbox(boxed), sharding.shardings(boxed, rules, mesh))
+    x = jax.device_put(x, sharding.batch_sharding(mesh))
+
+    def loss(params, x):
+        with sharding.on(mesh, rules):
+            return jnp.square(module.apply(params, x)).mean()
+
+    return jax.jit(jax.grad(loss), out_shardings=sharding.shardings(boxed, rules, mesh)), placed, x
+
+
+def test_a_layer_gathers_its_weight_and_leaves_the_activations_where_they_are():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    gradient, params, x = _dense_on(mesh, (("embed", "fsdp"),))
+    text = gradient.lower(params, x).compile().as_text()
+    assert "all-gather" in text and "all-to-all" not in text
+    alone, same_params, same_x = _dense_on(sharding.make_mesh({"data": 1}, jax.devices()[:1]), ())
+    found, wanted = gradient(params, x), alone(same_params, same_x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+    kernel = found["params"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec("fsdp", None)
+    assert kernel.addressable_shards[0].data.shape == (1, 8)
+
+
+def test_what_model_splits_is_not_gathered():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    seen = []
+
+    def look(kernel):
+        with sharding.on(mesh, RULES):
+            used = sharding.whole(kernel, ("embed", "mlp"))
+        jax.debug.inspect_array_sharding(used, callback=seen.append)
+        return used
+
+    jax.jit(look)(jax.device_put(jnp.ones((4, 6)), NamedSharding(mesh, PartitionSpec("fsdp", "model"))))
+    assert seen[0].is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "model")), 2)
+
+
+def test_elsewhere_nothing_is_placed():
+    x = jnp.ones((4, 6))
+    assert sharding.whole(x, ("embed", "mlp")) is x
+    assert sharding.laid(x) is x
+    assert sharding.each_part(lambda x: 2 * x, x, names=("batch", None)).sum() == 48
+    assert sharding.mesh() is None

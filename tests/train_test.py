@@ -240,8 +240,8 @@ def test_frozen_networks_are_asked_for_checked_and_read(tmp_path):
     with pytest.raises(InputError, match=r"is not config.clip: text_depth=2 there, 3 here"):
         train.load_frozen(train.build(other, mesh))
     # A key that one of them leaves out has its default there.
-    assert "text_pool" not in clip.model and not clip.model.remat
-    described = {**clip.model.to_dict(), "text_pool": "end", "remat": True}
+    assert "text_pool" not in clip.model and clip.model.remat == "none"
+    described = {**clip.model.to_dict(), "text_pool": "end", "remat": "full"}
     assert base.clip_differences(there=clip.model, here=described) == []
     apart = base.clip_differences(there=clip.model, here=described | {"text_pool": "last"})
     assert apart == ["text_pool='end' there, 'last' here"]

@@ -48,7 +48,7 @@ def _durations(*names: str) -> dict[str, Rule]:
 _CLIP = {
     "image_size": SIZE, "patch_size": SIZE, "vision_width": SIZE, "vision_depth": SIZE, "vision_heads": SIZE,
     "context_length": SIZE, "vocab_size": Rule(int, 3), "text_width": SIZE, "text_depth": SIZE, "text_heads": SIZE,
-    "embed_dim": SIZE, "activation": TEXT, "vision_stem": SIZES, "remat": SWITCH,
+    "embed_dim": SIZE, "activation": TEXT, "vision_stem": SIZES, "remat": TEXT,
     "vision_layers": SIZES, "vision_mlp_ratio": Rule(float, 0.1), "vision_layer_scale": RATE,
     "vision_input_norm": SWITCH, "vision_pool": TEXT, "vision_pool_heads": SIZE, "vision_projection": TEXT,
     "text_mlp_ratio": Rule(float, 0.1), "text_causal": SWITCH, "text_pool": TEXT,
@@ -57,12 +57,12 @@ _CLIP = {
 }  # fmt: skip
 _TEXT_ENCODER = {
     "context_length": SIZE, "vocab_size": Rule(int, 3), "width": SIZE, "depth": SIZE, "heads": SIZE,
-    "activation": TEXT, "remat": SWITCH,
+    "activation": TEXT, "remat": TEXT,
 }  # fmt: skip
 _UNET = {
     "in_channels": SIZE, "out_channels": SIZE, "channels": SIZE, "channel_mult": SIZES, "depth": SIZE,
     "attention_resolutions": SIZES, "image_size": SIZE, "head_channels": SIZE, "dropout": Rule(float, 0, 0.99),
-    "scale_shift": TEXT, "norm_groups": SIZE, "remat": SWITCH,
+    "scale_shift": TEXT, "norm_groups": SIZE, "remat": TEXT,
 }  # fmt: skip
 
 # Section -> key -> rule. `model` differs by stage; the union of its keys is allowed here, and the network's own
@@ -99,7 +99,7 @@ RULES: dict[str, Any] = {
               **_durations("warmup")},
     "sam": {"rho": RATE, "pairs": SIZE, "negatives": TEXT},
     "frozen": {"clip": TEXT},
-    "mesh": {"data": Rule(int, -1), "fsdp": Rule(int, -1), "model": Rule(int, -1)},
+    "mesh": {"slice": Rule(int, -1), "data": Rule(int, -1), "fsdp": Rule(int, -1), "model": Rule(int, -1)},
     "sharding": Rule(tuple),
     "checkpoint": {**_durations("every"), "keep": SIZE, "every_minutes": RATE},
     "log": {**_durations("every"), "tensorboard": SWITCH, "profile_start": COUNT, "profile_steps": COUNT,

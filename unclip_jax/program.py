@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
-from unclip_jax import optim, replicas, sharding, sharpness
+from unclip_jax import optim, sharding, sharpness
 from unclip_jax.errors import InputError
 from unclip_jax.stages import base
 from unclip_jax.state import TrainState, forget_weights
@@ -99,18 +99,18 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
             lambda rng: nn.meta.unbox(init_boxed(rng)), out_shardings=state_sharding, compiler_options=_once(mesh)
         ),
         train_step=jax.jit(
-            _on(mesh, step), donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
+            _on(mesh, rules, step), donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
         ),
-        predict={name: jax.jit(_on(mesh, fn)) for name, fn in stage.predict_fns().items()},
+        predict={name: jax.jit(_on(mesh, rules, fn)) for name, fn in stage.predict_fns().items()},
     )
 
 
-def _on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `fn`, which where it is traced knows over which devices its batch is split."""
+def _on(mesh: Mesh, rules: sharding.Rules, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn`, which where it is traced knows how its arrays are split over devices."""
 
     @functools.wraps(fn)
     def wrapped(*arguments):
-        with replicas.on(mesh):
+        with sharding.on(mesh, rules):
             return fn(*arguments)
 
     return wrapped

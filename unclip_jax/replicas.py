@@ -3,64 +3,41 @@
 A loss is written for the rows that one replica holds. `gather` gives it those of all replicas, and `first_row` says
 which of them are its own. Where the batch is in one piece both are trivial, and the same function is the plain loss.
 
-    with replicas.on(mesh):                     # program.build, while it traces a step
+    with sharding.on(mesh, rules):              # program.build, while it traces a step
         loss, metrics = replicas.by_rows(fn, z_i, z_t, scale)     # a stage: fn on each device's own rows
 """
 
 import contextlib
 import contextvars
-import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from unclip_jax import sharding
 from unclip_jax.sharding import BATCH_AXES
 
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """How the batch is split where code is being traced.
-
-    Attributes:
-      mesh: whose batch axes split it without the code's doing; None where nothing does.
-      axes: names of the mapped axes that the code is inside of, outermost first.
-    """
-
-    mesh: Mesh | None = None
-    axes: tuple[str, ...] = ()
-
-
-_WHOLE = _Split()
-_SPLIT = contextvars.ContextVar("split", default=_WHOLE)
+# Names of the mapped axes that the code being traced is inside of, outermost first; none where the batch is whole.
+_AXES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("axes", default=())
 
 
 @contextlib.contextmanager
-def _set(split: _Split) -> Iterator[None]:
-    token = _SPLIT.set(split)
-    try:
-        yield
-    finally:
-        _SPLIT.reset(token)
-
-
-def on(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """Says that what is traced inside works on batches split over the batch axes of `mesh`."""
-    return _set(_Split(mesh=mesh))
-
-
-def inside(axes: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+def inside(axes: Sequence[str]) -> Iterator[None]:
     """Says that what is traced inside holds one replica's rows, mapped over these axes; none: that it stands alone."""
-    return _set(_Split(axes=tuple(axes)))
+    token = _AXES.set(tuple(axes))
+    try:
+        with sharding.by_hand():
+            yield
+    finally:
+        _AXES.reset(token)
 
 
 def gather(x: Float[Array, "b ..."]) -> Float[Array, "_ ..."]:
     """Returns the rows of all replicas, in the order of the global batch."""
-    for axis in reversed(_SPLIT.get().axes):
+    for axis in reversed(_AXES.get()):
         x = jax.lax.all_gather(x, axis, tiled=True)
     return x
 
@@ -68,7 +45,7 @@ def gather(x: Float[Array, "b ..."]) -> Float[Array, "_ ..."]:
 def first_row(rows: int) -> Int[Array, ""]:
     """Returns the place in the global batch of the first of this replica's rows."""
     place = jnp.zeros((), jnp.int32)
-    for axis in _SPLIT.get().axes:
+    for axis in _AXES.get():
         place = place * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
     return place * rows
 
@@ -76,10 +53,10 @@ def first_row(rows: int) -> Int[Array, ""]:
 def by_rows(fn: Callable[..., Any], *batched: Float[Array, "b ..."], whole: Any) -> Any:
     """Returns the mean over replicas of fn(*own rows of the arrays, whole), a tree of scalars.
 
-    Inside `on(mesh)` each device computes its own rows; inside `inside(axes)`, or on one device, this is `fn` itself.
+    Traced `on` a mesh each device computes its own rows; inside `inside(axes)`, or on one device, this is `fn` itself.
     """
-    mesh = _SPLIT.get().mesh
-    if mesh is None or math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 1:
+    mesh = sharding.mesh()
+    if mesh is None:
         return fn(*batched, whole)
 
     def own(whole, *rows):

@@ -1,26 +1,33 @@
 """The device mesh, and the one table that maps logical axes of arrays to its axes.
 
-The mesh has the axes `data` (replicas), `fsdp` (replicas that share their weights in pieces) and `model` (one layer
-split over devices). A batch is split over `data` and `fsdp`; a weight is split by the config's table, for example
-`(("embed", "fsdp"), ("mlp", "model"), …)`.
+The mesh has the axes `slice` (groups of devices between which the network is slow), `data` (replicas), `fsdp` (replicas
+that share their weights in pieces) and `model` (one layer, or one image, split over devices). A batch is split over the
+first three; a weight is split by the config's table, for example `(("embed", "fsdp"), ("mlp", "model"), …)`.
+
+Code that is being traced `on` a mesh says with these functions where its arrays lie: `whole` a weight that a layer is
+about to use, `laid` an activation, `each_part` a kernel that no compiler can split. Traced elsewhere they do nothing.
 """
 
+import contextlib
+import contextvars
+import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import InputError
 
 _LOG = logging.getLogger(__name__)
-AXES = ("data", "fsdp", "model")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "model")
+BATCH_AXES = ("slice", "data", "fsdp")
 
 Rules = Sequence[tuple[str, str | None]]
 
@@ -29,31 +36,47 @@ def make_mesh(sizes: Mapping[str, int] | ConfigDict, devices: Sequence[jax.Devic
     """Returns a mesh over `devices` (all of them by default), neighbours innermost.
 
     Args:
-      sizes: devices along each of AXES; one may be -1, which takes what the others leave.
+      sizes: devices along each of AXES. `slice` -1 is the number of slices that the devices say they are in; one of
+        the others may be -1, which takes what is left.
       devices: the devices to use.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or there are other slices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    shape[0] = slices if int(sizes.get("slice", -1)) == -1 else shape[0]
+    if slices > 1 and shape[0] != slices:
+        raise InputError(f"config.mesh.slice={shape[0]}, but the devices are in {slices} slices; give that, or -1")
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) > 1:
         raise InputError(f"config.mesh may leave one size to be inferred (-1), not {shape.count(-1)}")
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) != len(devices):
-        wanted = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
+        shown = [axis for axis in AXES if axis != "slice" or shape[0] > 1]
+        wanted = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in shown)
         raise InputError(f"config.mesh asks for {wanted}, which does not divide over the {len(devices)} devices here")
-    return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=auto)
+    inside, between = (1, *shape[1:]), (slices, 1, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), AXES, axis_types=auto)
 
 
 def partition_spec(
-    names: Sequence[str | None], shape: Sequence[int], rules: Rules, mesh: Mesh, *, where: str = ""
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    rules: Rules,
+    mesh: Mesh,
+    *,
+    where: str = "",
+    logged: bool = True,
 ) -> PartitionSpec:
     """Returns how an array with logical axis `names` is split over the mesh.
 
-    A dimension that the mesh axis does not divide is replicated, and that is logged once per array.
+    A dimension that the mesh axis does not divide is replicated, which is said in the log unless `logged` is off.
 
     Raises:
       InputError: two dimensions of the array map to one mesh axis, or a rule names an axis the mesh lacks.
@@ -70,7 +93,8 @@ def partition_spec(
                 "map one elsewhere"
             )
         if axis is not None and size % mesh.shape[axis]:
-            _LOG.info("%s: dimension %s of %d does not divide over %s; replicated", where, name, size, axis)
+            if logged:
+                _LOG.info("%s: dimension %s of %d does not divide over %s; replicated", where, name, size, axis)
             axis = None
         spec.append(axis)
     return PartitionSpec(*spec)
@@ -117,3 +141,119 @@ def check_batch(batch_size: int, mesh: Mesh, *, accumulation: int = 1) -> None:
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Makes global arrays from this process's part of a batch."""
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+class _Placement(NamedTuple):
+    mesh: Mesh
+    rules: Rules
+
+
+_PLACEMENT: contextvars.ContextVar[_Placement | None] = contextvars.ContextVar("placement", default=None)
+
+
+@contextlib.contextmanager
+def _placed(placement: _Placement | None) -> Iterator[None]:
+    token = _PLACEMENT.set(placement)
+    try:
+        yield
+    finally:
+        _PLACEMENT.reset(token)
+
+
+def on(mesh: Mesh, rules: Rules) -> contextlib.AbstractContextManager[None]:
+    """Says that what is traced inside runs on `mesh`, its arrays split by the table `rules`."""
+    return _placed(_Placement(mesh, rules))
+
+
+def by_hand() -> contextlib.AbstractContextManager[None]:
+    """Says that what is traced inside is one device's part already, as in a `shard_map`."""
+    return _placed(None)
+
+
+def mesh() -> Mesh | None:
+    """Returns the mesh that code is being traced on; None where it is on none, or only one device shares its batch."""
+    placement = _PLACEMENT.get()
+    return None if placement is None or _parts(placement.mesh) == 1 else placement.mesh
+
+
+def _parts(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def whole(weight: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Returns a weight in full, for a layer to use: gathered over the axes that split the batch.
+
+    Told nothing, the compiler may leave the weight in its pieces and move the activations, which are larger. The
+    gradient goes back to the pieces as it is summed, a reduce-scatter. What `model` splits stays split.
+
+    Args:
+      weight: as it is stored, in the type that is computed with: it is half the bytes to gather.
+      names: its logical axes.
+    """
+    placement = _PLACEMENT.get()
+    if placement is None:
+        return weight
+    stored = partition_spec(names, weight.shape, placement.rules, placement.mesh, logged=False)
+    used = PartitionSpec(*(None if axis in BATCH_AXES else axis for axis in stored))
+    if used == stored:
+        return weight
+    return _gathered(weight, NamedSharding(placement.mesh, used), NamedSharding(placement.mesh, stored))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(weight, used, stored):
+    del stored
+    return jax.lax.with_sharding_constraint(weight, used)
+
+
+def _scattered(used, stored, _, gradient):
+    # Summed in full, then cut: XLA makes one reduce-scatter of both. Told the pieces at once it would cut the product
+    # behind it as well, into a ring of small ones, which takes a TPU's compiler several times longer.
+    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, used), stored),)
+
+
+_gathered.defvjp(lambda weight, used, stored: (_gathered(weight, used, stored), None), _scattered)
+
+
+def laid(x: jax.Array, names: Sequence[str | None] = ("batch",)) -> jax.Array:
+    """Returns an activation, split by its axes' names: "batch" over replicas, others by the table or not at all."""
+    placement = _PLACEMENT.get()
+    if placement is None or placement.mesh.size == 1:
+        return x
+    names = (*names, *(None,) * (x.ndim - len(names)))
+    spec = list(partition_spec([None, *names[1:]], x.shape, placement.rules, placement.mesh, logged=False))
+    if names[0] == "batch" and x.shape[0] % _parts(placement.mesh) == 0:
+        spec[0] = BATCH_AXES
+    return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, PartitionSpec(*spec)))
+
+
+def each_part(
+    fn: Callable[..., jax.Array], *arrays: jax.Array | None, names: Sequence[str | None]
+) -> jax.Array:
+    """Returns fn(*arrays), each device computing its own part: a kernel is a program of one device.
+
+    Args:
+      fn: a function of arrays whose axes `names` are independent of each other; the result has the first's shape.
+      arrays: of equal rank; an axis of size 1 where others are larger is whole everywhere; None is handed on.
+      names: of the arrays' axes, "batch" first; those the table does not split are whole.
+    """
+    placement = _PLACEMENT.get()
+    if placement is None or placement.mesh.size == 1:
+        return fn(*arrays)
+    mesh, rules = placement
+
+    def spec(x):
+        parts = list(partition_spec([None, *names[1:]], x.shape, rules, mesh, logged=False))
+        if x.shape[0] % _parts(mesh) == 0:
+            parts[0] = BATCH_AXES
+        return PartitionSpec(*parts)
+
+    there = [x for x in arrays if x is not None]
+
+    def own(*parts):
+        rest = iter(parts)
+        with by_hand():
+            return fn(*(None if x is None else next(rest) for x in arrays))
+
+    specs = tuple(spec(x) for x in there)
+    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*there)

@@ -1,4 +1,4 @@
-"""Softmax attention of queries to keys, without weights."""
+"""Softmax attention of queries to keys, without weights: plain, and as each kind of device computes it best."""
 
 import functools
 
@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unclip_jax import sharding
+
 # Queries whose logits a CPU computes at a time, so that they stay in its cache.
 _CHUNK = 64
+# Pairs of queries and keys from which a TPU's kernel is worth its while; fewer logits may lie in memory.
+_MANY = 1 << 19
+# Queries that the kernel takes at a time, and keys, of which it takes multiples: the lanes of a TPU's registers.
+_BLOCK, _LANES = 512, 128
 # Added to the logit of what may not be looked at. Finite, so that a query that may look at nothing gives no NaN.
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+_AXES = ("batch", None, "heads", None)
 
 
 def attend(
@@ -21,14 +28,27 @@ def attend(
     """Returns softmax(q k^T / sqrt(k)) v of each head; logits and softmax in float32.
 
     `mask` is True where a query may look. Where all queries may look at the same keys, a CPU takes them in chunks and
-    computes their weights again in the backward pass, which takes it a third of the time; neither pass then holds all
-    [n, s] of them.
+    computes their weights again in the backward pass, which takes it a third of the time; a TPU does so in a kernel
+    from half a million pairs of query and key on. Neither pass then holds all [n, s] of them. A GPU calls cuDNN,
+    in the types that it knows.
     """
     at_once = functools.partial(jax.nn.dot_product_attention, q, k, v, mask=mask)
-    count = q.shape[1]
-    if count <= _CHUNK or count % _CHUNK or (mask is not None and mask.shape[2] > 1):
-        return at_once()
-    return jax.lax.platform_dependent(cpu=functools.partial(_attend_in_chunks, q, k, v, mask), default=at_once)
+    if _cudnn_takes(q):
+        return at_once(implementation="cudnn")
+    ways = {}
+    if mask is None or mask.shape[1] == mask.shape[2] == 1:
+        count, keys = q.shape[1], k.shape[1]
+        if count > _CHUNK and count % _CHUNK == 0:
+            ways["cpu"] = functools.partial(_attend_in_chunks, q, k, v, mask)
+        if count % _LANES == 0 and count * keys >= _MANY:
+            ways["tpu"] = functools.partial(_attend_by_kernel, q, k, v, mask)
+    return jax.lax.platform_dependent(**ways, default=at_once) if ways else at_once()
+
+
+def _cudnn_takes(q: jax.Array) -> bool:
+    # Whether there is cuDNN is looked up as the call is traced, so other devices' programs must not trace it.
+    width = q.shape[-1]
+    return q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0 and jax.default_backend() == "gpu"
 
 
 def _attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -47,3 +67,49 @@ def _attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array 
     chunks = jnp.moveaxis(q.reshape(batch, heads, count // _CHUNK, _CHUNK, width), 2, 0)
     y = jax.lax.map(attend_chunk, chunks)
     return jnp.moveaxis(y, (0, 3), (1, 2)).reshape(batch, count, heads, width)
+
+
+def _attend_by_kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, interpret: bool = False
+) -> jax.Array:
+    """The Pallas kernel of JAX for TPUs, on each device's own examples and heads."""
+    seen = jnp.ones((1, k.shape[1]), bool) if mask is None else mask[:, 0, 0]
+    seen = jnp.broadcast_to(seen, (q.shape[0], k.shape[1]))[:, :, None, None]
+    kernel = functools.partial(_kernel, interpret=interpret)
+    return sharding.each_part(kernel, q, k, v, seen, names=_AXES)
+
+
+def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, interpret: bool) -> jax.Array:
+    # Late, for it takes a second that only those who run it on a TPU should wait.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+    count, keys, width = q.shape[1], k.shape[1], q.shape[-1]
+    at_once = next(size for size in (_BLOCK, 2 * _LANES, _LANES) if count % size == 0)
+    # Keys are filled up to whole registers, and up to whole blocks where one block does not hold them all.
+    multiple = _LANES if keys <= 4 * _BLOCK else _BLOCK
+    padding = -keys % multiple
+    k, v, seen = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (k, v, seen))
+    block = keys + padding if keys <= 4 * _BLOCK else _BLOCK
+    sizes = splash.BlockSizes(
+        block_q=at_once,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=at_once,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    everything = splash_mask.MultiHeadMask([splash_mask.FullMask((count, keys + padding))] * q.shape[2])
+    attend_one = splash.make_splash_mha(
+        everything, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+    )
+    # A query sees keys of its own segment: all are of segment 1, and what may not be seen is of segment 0.
+    ours = jnp.ones((count,), jnp.int32)
+
+    def one(q, k, v, seen):
+        return attend_one(q * width**-0.5, k, v, segment_ids=splash.SegmentIds(ours, seen.astype(jnp.int32)))
+
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
+    y = jax.vmap(one)(q, k, v, seen[:, :, 0, 0])
+    return jnp.moveaxis(y, 1, 2)

@@ -56,7 +56,7 @@ class CLIP(nn.Module):
     text_projection: str = "linear"
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):

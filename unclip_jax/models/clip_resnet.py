@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from unclip_jax.arrays import Embeddings, Images
 from unclip_jax.errors import InputError
 from unclip_jax.models.clip_towers import MEAN, STD, Reader, check_heads, normalized
-from unclip_jax.models.layers import conv, learned
+from unclip_jax.models.layers import conv, learned, rematerialised
 
 _EXPANSION = 4  # channels of a block's output over those of its 3x3 convolution
 
@@ -89,7 +89,7 @@ class ModifiedResNet(nn.Module):
       heads: of the attention at the end, over 32 times the width; its vectors are 64 wide in the published ones.
       embed_dim: dimensions of the shared space.
       mean, std: RGB statistics in [0, 1] that images are normalised by.
-      remat: whether the backward pass recomputes each block.
+      remat: what the backward pass computes again of each block, a key of `layers.REMAT`.
       dtype: compute dtype.
     """
 
@@ -100,7 +100,7 @@ class ModifiedResNet(nn.Module):
     embed_dim: int
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
@@ -127,7 +127,7 @@ class ModifiedResNet(nn.Module):
             x = conv(channels, stride=stride, padding=1, use_bias=False, dtype=self.dtype, name=f"stem_{number}")(x)
             x = nn.relu(BatchNorm(dtype=self.dtype, name=f"stem_norm_{number}")(x))
         x = _pooled(x, 2)
-        block = nn.remat(Bottleneck) if self.remat else Bottleneck
+        block = rematerialised(Bottleneck, self.remat)
         for number, blocks in enumerate(self.layers):
             channels = self.width * 2**number
             x, _ = block(channels, 1 if number == 0 else 2, self.dtype, name=f"stage_{number}_first")(x, None)

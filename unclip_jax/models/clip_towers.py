@@ -16,17 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.arrays import Embeddings, Images, Tokens
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.models.layers import (
-    ACTIVATIONS,
-    GroupNorm,
-    Transformer,
-    causal_mask,
-    conv,
-    dense,
-    embedding,
-    layer_norm,
-    learned,
-)
+from unclip_jax.models.layers import ACTIVATIONS, GroupNorm, conv, dense, embedding, layer_norm, learned
+from unclip_jax.models.transformer import Transformer, causal_mask
 
 # Mean and standard deviation of RGB in [0, 1] by which OpenAI's CLIP normalises images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -98,7 +89,7 @@ class VisionTransformer(nn.Module):
       width, depth, heads: of the transformer.
       embed_dim: dimensions of the shared space.
       activation: a key of `layers.ACTIVATIONS`.
-      mlp_ratio, epsilon, layer_scale: see `layers.Transformer`; the ratio is 4.9231 in OpenCLIP's ViT-bigG/14.
+      mlp_ratio, epsilon, layer_scale: see `transformer.Transformer`; the ratio is 4.9231 in OpenCLIP's ViT-bigG/14.
       input_norm: whether a layer norm stands before the blocks; not in CLIPA's.
       pool: which vector is projected. "class": the class token's, normed. "average": the mean of the patches',
         normed (CLIPA's). "normed_average": the mean of their norms. "attention": what one learned query reads, normed
@@ -109,7 +100,7 @@ class VisionTransformer(nn.Module):
         small tower learns shapes from few examples with them, hardly without (Xiao et al., 2021, "Early convolutions
         help transformers see better"). Each halves the image, and `patch_size` must be 2 to their number.
       mean, std: RGB statistics in [0, 1] that images are normalised by.
-      remat, dtype: see `layers.Transformer`.
+      remat, dtype: see `transformer.Transformer`.
     """
 
     image_size: int
@@ -129,7 +120,7 @@ class VisionTransformer(nn.Module):
     stem: Sequence[int] = ()
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
@@ -230,7 +221,7 @@ class TextTransformer(nn.Module):
     pool: str = "end"
     end_id: int | None = None
     projection: str = "linear"
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):

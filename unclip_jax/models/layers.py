@@ -10,19 +10,24 @@ the mesh by the config's table:
     heads, kv   attention heads, and the dimensions of one head
     vocab       rows of an embedding table
     conv_in, conv_out   channels of a convolution
+
+Single vectors (biases, scales of norms) have none: they are on every device, for a gather of each would cost more time
+than they take memory. A layer uses a weight in full, gathered in its own `dtype` (`sharding.whole`).
 """
 
-import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import dtypes
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from unclip_jax.models.attention import attend
+from unclip_jax import sharding
+from unclip_jax.errors import InputError, nearest
 
 _AXES = {  # role of a dense layer -> axes of its [in, out] kernel
     "up": ("embed", "mlp"),
@@ -40,6 +45,15 @@ def _kernel_init(scale):
     if scale == 0:
         return nn.initializers.zeros
     return nn.initializers.variance_scaling(scale, "fan_in", "uniform")
+
+
+def _using(product: Callable[..., jax.Array], axes: Sequence[str | None]) -> Callable[..., jax.Array]:
+    """Returns `product(x, kernel, ...)` of a kernel that is gathered first."""
+
+    def gathering(x, kernel, *arguments, **options):
+        return product(x, sharding.whole(kernel, axes), *arguments, **options)
+
+    return gathering
 
 
 def dense(
@@ -68,7 +82,40 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=_boxed(_kernel_init(scale), axes),
-        bias_init=_boxed(nn.initializers.zeros, axes[1:]),
+        bias_init=_boxed(nn.initializers.zeros, ("mlp",) if role == "up" else (None,)),
+        dot_general=_using(jax.lax.dot_general, axes),
+        name=name,
+    )
+
+
+def split_heads(
+    count: int, heads: int, head_dim: int, *, dtype: DTypeLike = jnp.float32, name: str | None = None
+) -> nn.DenseGeneral:
+    """A linear layer on the last axis whose output is [..., count, heads, head_dim]: queries, keys, values."""
+    axes = ("embed", None, "heads", "kv")
+    return nn.DenseGeneral(
+        (count, heads, head_dim),
+        dtype=dtype,
+        # DenseGeneral hands its initializer the kernel as [in, out], so fan-in is what it should be.
+        kernel_init=_boxed(_kernel_init(1.0), axes),
+        bias_init=_boxed(nn.initializers.zeros, (None, "heads", "kv")),
+        dot_general=_using(jax.lax.dot_general, axes),
+        name=name,
+    )
+
+
+def join_heads(
+    width: int, *, scale: float = 1.0, dtype: DTypeLike = jnp.float32, name: str | None = None
+) -> nn.DenseGeneral:
+    """A linear layer from the last two axes, heads and their dimensions, to one of `width`; `scale` as in `dense`."""
+    axes = ("heads", "kv", "embed")
+    return nn.DenseGeneral(
+        width,
+        axis=(-2, -1),
+        dtype=dtype,
+        kernel_init=_boxed(_kernel_init(scale), axes),
+        bias_init=_boxed(nn.initializers.zeros, (None,)),
+        dot_general=_using(jax.lax.dot_general, axes),
         name=name,
     )
 
@@ -85,6 +132,7 @@ def conv(
     name: str | None = None,
 ) -> nn.Conv:
     """A square 2-D convolution of NHWC images; `scale` 0 makes it start at zero."""
+    axes = (None, None, "conv_in", "conv_out")
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
@@ -92,16 +140,22 @@ def conv(
         padding=padding,
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=_boxed(_kernel_init(scale), (None, None, "conv_in", "conv_out")),
-        bias_init=_boxed(nn.initializers.zeros, ("conv_out",)),
+        kernel_init=_boxed(_kernel_init(scale), axes),
+        bias_init=_boxed(nn.initializers.zeros, (None,)),
+        conv_general_dilated=_using(jax.lax.conv_general_dilated, axes),
         name=name,
     )
 
 
 def embedding(rows: int, width: int, *, dtype: DTypeLike = jnp.float32, name: str | None = None) -> nn.Embed:
     """A table of `rows` learned vectors, normal with standard deviation 0.02 (Radford et al., 2021)."""
-    init = _boxed(nn.initializers.normal(0.02), ("vocab", "embed"))
-    return nn.Embed(rows, width, dtype=dtype, embedding_init=init, name=name)
+    axes = ("vocab", "embed")
+
+    def gathered(*tables: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
+        return [sharding.whole(table, axes) for table in dtypes.promote_dtype(*tables, dtype=dtype, inexact=inexact)]
+
+    init = _boxed(nn.initializers.normal(0.02), axes)
+    return nn.Embed(rows, width, dtype=dtype, embedding_init=init, promote_dtype=gathered, name=name)
 
 
 def learned(
@@ -118,7 +172,8 @@ def learned(
     It begins normal with `stddev`; for a `stddev` of 0 it is `start` everywhere.
     """
     init = nn.initializers.constant(start) if stddev == 0 else nn.initializers.normal(stddev)
-    return module.param(name, _boxed(init, (None,) * (len(shape) - 1) + (axis,)), shape)
+    axes = (None,) * (len(shape) - 1) + (axis if len(shape) > 1 else None,)
+    return sharding.whole(module.param(name, _boxed(init, axes), shape), axes)
 
 
 def layer_norm(*, dtype: DTypeLike = jnp.float32, epsilon: float = 1e-5, name: str | None = None) -> nn.LayerNorm:
@@ -126,8 +181,8 @@ def layer_norm(*, dtype: DTypeLike = jnp.float32, epsilon: float = 1e-5, name: s
     return nn.LayerNorm(
         epsilon=epsilon,
         dtype=dtype,
-        scale_init=_boxed(nn.initializers.ones, ("embed",)),
-        bias_init=_boxed(nn.initializers.zeros, ("embed",)),
+        scale_init=_boxed(nn.initializers.ones, (None,)),
+        bias_init=_boxed(nn.initializers.zeros, (None,)),
         name=name,
     )
 
@@ -152,8 +207,8 @@ class GroupNorm(nn.Module):
         """Normalises; with `modulate` and `shift` returns `norm(x) * (1 + modulate) + shift` in one pass over x."""
         channels = x.shape[-1]
         groups = math.gcd(self.groups, channels)
-        scale = self.param("scale", _boxed(nn.initializers.ones, ("conv_out",)), (channels,))
-        bias = self.param("bias", _boxed(nn.initializers.zeros, ("conv_out",)), (channels,))
+        scale = self.param("scale", _boxed(nn.initializers.ones, (None,)), (channels,))
+        bias = self.param("bias", _boxed(nn.initializers.zeros, (None,)), (channels,))
         wide = x.astype(jnp.float32)
         # Sums per channel first: a reduction over leading axes keeps channels in the vector lanes.
         space = tuple(range(1, x.ndim - 1))
@@ -189,204 +244,30 @@ ACTIVATIONS = {
 }
 
 
-class Cache(NamedTuple):
-    """Keys and values of tokens already read, so that later tokens need not read them again.
+def _is_product(primitive, *_, **__) -> bool:
+    return primitive.name == "conv_general_dilated"
 
-    Attributes:
-      k, v: [layers, b, length, heads, head_dim] buffers (no `layers` axis inside one block).
-      filled: int32 scalar, the number of positions that are filled.
+
+_POLICIES = jax.checkpoint_policies
+# What the backward pass finds of a block, and what it computes again.
+REMAT: dict[str, Any] = {
+    "none": None,  # keeps all
+    # Keeps results of matrix products and convolutions; norms, activations and attention are computed again.
+    "products": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _is_product),
+    "full": _POLICIES.nothing_saveable,  # keeps the block's input
+}
+
+
+def rematerialised(
+    block: type[nn.Module], policy: str, *, static_argnums: tuple[int, ...] = (), prevent_cse: bool = True
+) -> type[nn.Module]:
+    """Returns the class `block`, of which the backward pass keeps what `policy`, a key of REMAT, says.
+
+    Raises:
+      InputError: there is no such policy.
     """
-
-    k: Float[Array, "*layers b s h k"]
-    v: Float[Array, "*layers b s h k"]
-    filled: Int[Array, "*layers"]
-
-
-class Attention(nn.Module):
-    """Multi-head attention of `x` to itself and, in front, to `context`, in one softmax (GLIDE's concatenation).
-
-    Attributes:
-      heads: number of heads; must divide the width.
-      context_kv: "own" projects the context by weights of its own (GLIDE's `encoder_kv`); "shared" uses the
-        block's, and wants a context of the block's width.
-      dtype: compute dtype.
-      out_scale: variance scale of the output projection; 0 starts the layer as the identity of its residual.
-    """
-
-    heads: int
-    context_kv: str = "own"
-    dtype: DTypeLike = jnp.float32
-    out_scale: float = 1.0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        context: Float[Array, "b m e"] | None = None,
-        mask: Bool[Array, "#b 1 #n s"] | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "b n d"], Cache | None]:
-        """Attends; `mask` is True where a query may look, over [context, tokens], or over the tokens alone.
-
-        With a cache, the tokens of `x` stand at positions `cache.filled …` and see all of the context and positions
-        up to themselves, those of them that `mask`, over the positions of the cache, does not hide. The returned
-        cache holds them too.
-        """
-        width = x.shape[-1]
-        head_dim = width // self.heads
-        # DenseGeneral hands its initializer the kernel as [in, out], so fan-in is what it should be.
-        init = _kernel_init(1.0)
-
-        def project(inputs, count, name):
-            layer = nn.DenseGeneral(
-                (count, self.heads, head_dim),
-                dtype=self.dtype,
-                kernel_init=_boxed(init, ("embed", None, "heads", "kv")),
-                bias_init=_boxed(nn.initializers.zeros, (None, "heads", "kv")),
-                name=name,
-            )
-            return layer, jnp.moveaxis(layer(inputs), -3, 0)
-
-        qkv, (q, k, v) = project(x, 3, "qkv")
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.filled, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.filled, 1)
-            causal = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
-            mask = causal[None, None] if mask is None else causal & mask
-            cache = Cache(k, v, cache.filled + x.shape[1])
-        if context is not None:
-            if self.context_kv == "own":
-                _, (context_k, context_v) = project(context, 2, "context_kv")
-            else:
-                _, context_k, context_v = jnp.moveaxis(qkv(context.astype(self.dtype)), -3, 0)
-            k = jnp.concatenate([context_k, k], 1)
-            v = jnp.concatenate([context_v, v], 1)
-            if mask is not None and mask.shape[-1] != k.shape[1]:
-                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (context.shape[1], 0)), constant_values=True)
-        y = attend(q, k, v, mask)
-        out = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            kernel_init=_boxed(_kernel_init(self.out_scale), ("heads", "kv", "embed")),
-            bias_init=_boxed(nn.initializers.zeros, ("embed",)),
-            name="out",
-        )
-        return out(y), cache
-
-
-class MLP(nn.Module):
-    """Two dense layers with an activation between; the hidden width is `ratio` times the width."""
-
-    ratio: float = 4.0
-    activation: str = "gelu"
-    dtype: DTypeLike = jnp.float32
-    out_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        width = x.shape[-1]
-        hidden = dense(int(width * self.ratio), role="up", dtype=self.dtype, name="up")(x)
-        return dense(width, role="down", dtype=self.dtype, scale=self.out_scale, name="down")(
-            ACTIVATIONS[self.activation](hidden)
-        )
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block: `x += attention(norm(x)); x += mlp(norm(x))`."""
-
-    heads: int
-    activation: str = "gelu"
-    context_kv: str = "own"
-    dtype: DTypeLike = jnp.float32
-    out_scale: float = 1.0
-    mlp_ratio: float = 4.0
-    epsilon: float = 1e-5
-    layer_scale: float = 0.0
-
-    @nn.compact
-    def __call__(self, x, cache, context, mask):
-        attention = Attention(self.heads, self.context_kv, self.dtype, self.out_scale, name="attention")
-        norm = functools.partial(layer_norm, dtype=self.dtype, epsilon=self.epsilon)
-        y, cache = attention(norm(name="norm_1")(x), context, mask, cache)
-        x = x + self._scaled(y, "scale_1")
-        mlp = MLP(self.mlp_ratio, self.activation, self.dtype, self.out_scale, name="mlp")
-        return x + self._scaled(mlp(norm(name="norm_2")(x)), "scale_2"), cache
-
-    def _scaled(self, branch, name):
-        if not self.layer_scale:
-            return branch
-        scale = learned(self, name, branch.shape[-1:], stddev=0, start=self.layer_scale)
-        return branch * scale.astype(branch.dtype)
-
-
-class Transformer(nn.Module):
-    """`depth` equal pre-norm blocks, scanned: one block is compiled, the weights are stacked on axis 0.
-
-    Attributes:
-      depth, heads: blocks, and heads of each.
-      activation: a key of ACTIVATIONS.
-      context_kv: see Attention.
-      remat: whether the backward pass recomputes each block instead of keeping its activations.
-      dtype: compute dtype.
-      mlp_ratio: hidden width of the MLPs over the width.
-      epsilon: of the layer norms.
-      layer_scale: what learned factors of each branch's channels begin at (Touvron et al., 2021, "Going deeper with
-        image transformers"); 0 for none.
-    """
-
-    depth: int
-    heads: int
-    activation: str = "gelu"
-    context_kv: str = "own"
-    remat: bool = False
-    dtype: DTypeLike = jnp.float32
-    mlp_ratio: float = 4.0
-    epsilon: float = 1e-5
-    layer_scale: float = 0.0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        context: Float[Array, "b m e"] | None = None,
-        mask: Bool[Array, "#b 1 #n s"] | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "b n d"], Cache | None]:
-        """Returns the residual stream after the last block (no final norm), and the cache with the new tokens."""
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        layers = None if cache is None else Cache(cache.k, cache.v, jnp.broadcast_to(cache.filled, (self.depth,)))
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=self.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        # Residual branches start smaller the deeper the stack is (GPT-2's 1/sqrt(2 * depth) on the weights).
-        out_scale = 1.0 / (2 * self.depth)
-        blocks = scanned(
-            self.heads,
-            self.activation,
-            self.context_kv,
-            self.dtype,
-            out_scale,
-            self.mlp_ratio,
-            self.epsilon,
-            self.layer_scale,
-            name="blocks",
-        )
-        x, layers = blocks(x.astype(self.dtype), layers, context, mask)
-        return x, None if layers is None else Cache(layers.k, layers.v, layers.filled[0])
-
-
-def empty_cache(*, depth: int, batch: int, length: int, heads: int, head_dim: int, dtype: DTypeLike) -> Cache:
-    """A cache of `length` positions, none filled, for a Transformer of `depth` blocks."""
-    zeros = jnp.zeros((depth, batch, length, heads, head_dim), dtype)
-    return Cache(zeros, zeros, jnp.zeros((), jnp.int32))
-
-
-def causal_mask(length: int) -> Bool[Array, "1 1 {length} {length}"]:
-    """True where a query may look: at itself and before."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if policy not in REMAT:
+        raise InputError(f"remat={policy!r} is no way to save memory; {nearest(policy, REMAT)}")
+    if policy == "none":
+        return block
+    return nn.remat(block, policy=REMAT[policy], static_argnums=static_argnums, prevent_cse=prevent_cse)

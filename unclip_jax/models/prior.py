@@ -13,17 +13,8 @@ from jaxtyping import Array, Bool, Float
 from unclip_jax.arrays import Embeddings, Timesteps, Tokens
 from unclip_jax.errors import InputError
 from unclip_jax.models.captions import EncodedCaption, empty_caption, valid_tokens
-from unclip_jax.models.layers import (
-    Cache,
-    Transformer,
-    causal_mask,
-    dense,
-    embedding,
-    empty_cache,
-    layer_norm,
-    learned,
-    timestep_embedding,
-)
+from unclip_jax.models.layers import dense, embedding, layer_norm, learned, timestep_embedding
+from unclip_jax.models.transformer import Cache, Transformer, causal_mask, empty_cache
 
 _NOISY = 3  # timestep, noised z_i, query: the tokens after the prefix
 
@@ -60,7 +51,7 @@ class DiffusionPrior(nn.Module):
       vocab_size: token ids; the last one ends a caption. "clip" ignores it.
       width, depth, heads: of the stack.
       caption: "tokens" or "clip".
-      activation, remat, dtype: see `layers.Transformer`.
+      activation, remat, dtype: see `transformer.Transformer`.
     """
 
     embed_dim: int
@@ -71,7 +62,7 @@ class DiffusionPrior(nn.Module):
     heads: int
     caption: str = "tokens"
     activation: str = "gelu"
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self):

@@ -11,17 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.arrays import Embeddings, Tokens
 from unclip_jax.errors import InputError
-from unclip_jax.models.layers import (
-    Cache,
-    Transformer,
-    causal_mask,
-    dense,
-    embedding,
-    empty_cache,
-    layer_norm,
-    learned,
-)
+from unclip_jax.models.layers import dense, embedding, layer_norm, learned
 from unclip_jax.models.text_encoder import TextEncoder
+from unclip_jax.models.transformer import Cache, Transformer, causal_mask, empty_cache
 
 # What cached decoding carries: keys and values of the caption, then of the tokens already read.
 ARPrefix = Cache
@@ -46,7 +38,7 @@ class ARPrior(nn.Module):
       buckets, dot_buckets: values of a code, and of the dot-product token.
       context_length, vocab_size, text_width, text_depth, text_heads: of the text encoder.
       width, depth, heads: of the decoder.
-      activation, remat, dtype: see `layers.Transformer`.
+      activation, remat, dtype: see `transformer.Transformer`.
     """
 
     embed_dim: int
@@ -62,7 +54,7 @@ class ARPrior(nn.Module):
     depth: int
     heads: int
     activation: str = "gelu"
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self):

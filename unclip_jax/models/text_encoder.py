@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.errors import InputError
-from unclip_jax.models import captions, layers
+from unclip_jax.models import captions, layers, transformer
 
 
 class TextEncoder(nn.Module):
@@ -20,7 +20,7 @@ class TextEncoder(nn.Module):
       vocab_size: rows of the token table; the last two are the start and the end token.
       width, depth, heads: of the transformer.
       activation: a key of `layers.ACTIVATIONS`.
-      remat: whether the backward pass recomputes each block.
+      remat: what the backward pass computes again of each block, a key of `layers.REMAT`.
       dtype: compute dtype.
     """
 
@@ -30,7 +30,7 @@ class TextEncoder(nn.Module):
     depth: int
     heads: int
     activation: str = "gelu"
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
@@ -52,7 +52,7 @@ class TextEncoder(nn.Module):
         embedded = layers.embedding(self.vocab_size, self.width, dtype=self.dtype, name="token")(tokens)
         valid = captions.valid_tokens(tokens, eot=self.vocab_size - 1)
         x = jnp.where(valid[..., None], embedded + position.astype(self.dtype), padding.astype(self.dtype))
-        transformer = layers.Transformer(
+        stack = transformer.Transformer(
             self.depth, self.heads, self.activation, remat=self.remat, dtype=self.dtype, name="transformer"
         )
-        return layers.layer_norm(dtype=self.dtype, name="final_norm")(transformer(x)[0])
+        return layers.layer_norm(dtype=self.dtype, name="final_norm")(stack(x)[0])

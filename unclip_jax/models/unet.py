@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from unclip_jax import sharding
 from unclip_jax.errors import InputError
-from unclip_jax.models import layers
+from unclip_jax.models import layers, transformer
 
 
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
@@ -31,6 +32,8 @@ def downsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
     return (rows[:, :, :, 0] + rows[:, :, :, 1]) * 0.25
 
 
+# Of images: a table that splits "height" spreads one image over devices, which trade the rows at their borders.
+_AXES = ("batch", "height")
 _RESAMPLE = {"none": lambda x: x, "up": upsample, "down": downsample}
 
 
@@ -59,6 +62,7 @@ class ResBlock(nn.Module):
         self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], deterministic: bool = True
     ) -> Float[Array, "b h2 w2 {self.channels}"]:
         """`emb` is the embedding of the timestep and whatever is added to it, before its SiLU."""
+        x = sharding.laid(x, _AXES)
         resample = _RESAMPLE[self.resample]
         h = nn.silu(layers.GroupNorm(self.norm_groups, dtype=self.dtype, name="norm_1")(x))
         h = layers.conv(self.channels, dtype=self.dtype, name="conv_1")(resample(h))
@@ -98,7 +102,8 @@ class AttentionBlock(nn.Module):
     ) -> Float[Array, "b h w c"]:
         channels = x.shape[-1]
         y = layers.GroupNorm(self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(x.shape[0], -1, channels)
-        attention = layers.Attention(channels // self.head_channels, dtype=self.dtype, out_scale=0.0, name="attention")
+        heads = channels // self.head_channels
+        attention = transformer.Attention(heads, dtype=self.dtype, out_scale=0.0, name="attention")
         mask = None
         if seen is not None:
             mask = jnp.pad(seen, ((0, 0), (0, y.shape[1])), constant_values=True)[:, None, None]
@@ -121,7 +126,7 @@ class UNet(nn.Module):
       scale_shift: "film" or "add", see ResBlock.
       norm_groups: of every group norm (32 in ADM). With as many groups as channels each channel is normalised on its
         own and an image's mean is lost: without attention, which could carry it, colours then drift.
-      remat: whether the backward pass recomputes each block instead of keeping its activations.
+      remat: what the backward pass computes again of each block, a key of `layers.REMAT`.
       dtype: compute dtype; norms, softmax and the output are float32.
 
     Raises:
@@ -139,7 +144,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift: str = "film"
     norm_groups: int = 32
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
@@ -201,7 +206,7 @@ class UNet(nn.Module):
         if x.shape[1] % smallest or x.shape[2] % smallest:
             raise InputError(f"sides of {x.shape[1]} and {x.shape[2]} pixels are not multiples of {smallest}")
         emb = self._embed_time(t, emb)
-        h = layers.conv(self.channels, dtype=self.dtype, name="in_conv")(x.astype(self.dtype))
+        h = layers.conv(self.channels, dtype=self.dtype, name="in_conv")(sharding.laid(x.astype(self.dtype), _AXES))
         skips = [h]
         for level, mult in enumerate(self.channel_mult):
             for block in range(self.depth):
@@ -231,11 +236,11 @@ class UNet(nn.Module):
         return h if emb is None else h + emb.astype(h.dtype)
 
     def _res_block(self, name: str, channels: int, resample: str = "none") -> nn.Module:
-        kind = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        kind = layers.rematerialised(ResBlock, self.remat, static_argnums=(3,))
         return kind(channels, resample, self.dropout, self.scale_shift, self.norm_groups, self.dtype, name=name)
 
     def _attention(self, name: str) -> nn.Module:
-        kind = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        kind = layers.rematerialised(AttentionBlock, self.remat)
         return kind(self.head_channels, self.norm_groups, self.dtype, name=f"{name}_attention")
 
     def _block(self, name, level, h, emb, context, deterministic) -> jax.Array:
