@@ -47,7 +47,8 @@ def products(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEqn,
 
 
 def shape_of(equation: core.JaxprEqn) -> tuple[Any, ...]:
-    shapes = tuple(tuple(np.shape(variable.aval)) for variable in equation.invars)
+    avals: list[Any] = [variable.aval for variable in equation.invars]
+    shapes = tuple(aval.shape for aval in avals)
     return equation.primitive.name, shapes, str(sorted(equation.params.items(), key=lambda item: item[0]))
 
 
