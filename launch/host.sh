@@ -15,7 +15,8 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 # The images of TPU VMs have Python 3.10; uv brings its own.
 install_packages() {
-  command -v uv > /dev/null || python3 -m pip install --quiet --user uv
+  command -v uv > /dev/null || python3 -m pip install --quiet --user uv 2> /dev/null \
+    || python3 -m pip install --quiet --user --break-system-packages uv
   [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv
   uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
 }

@@ -35,9 +35,19 @@ hosts=(--node=all --worker=all)
 deleted=(--force)
 ask_state=("${tpu[@]}" describe "${option[name]}" "${where[@]}" "--format=value(state.state)")
 
+ask_slices=(gcloud compute tpus tpu-vm list "${where[@]}"
+  "--filter=queuedResource~/queuedResources/${option[name]}$" "--format=value(state)")
+
+# One slice of several may be taken away while the whole is still called active.
+slices_state() {
+  local states
+  states=$("${ask_slices[@]}") || { echo unknown; return; }
+  case $states in *PREEMPTED* | *TERMINATED*) echo lost ;; *) echo ready ;; esac
+}
+
 known_state() {
   case $1 in
-    ACTIVE) echo ready ;;
+    ACTIVE) slices_state ;;
     CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) echo waiting ;;
     SUSPENDING | DELETING) echo leaving ;;
     SUSPENDED | FAILED) echo lost ;;

@@ -6,6 +6,7 @@
 #   created=(--option…)                what it is created with
 #   deleted=(--option…)                and deleted with
 #   ask_state=(gcloud …)               prints its state, which known_state translates
+#   ask_slices=(gcloud …)              prints the states of its slices, where that is another question
 # shellcheck disable=SC2154  # what those files and scripts set
 
 define_tpu_options() {
@@ -180,8 +181,11 @@ run_job() {
   local crashes=0
   while :; do
     began=$SECONDS
-    if ! look; then none=1 running=0 finished=0 failed=0 stopped=0 crashed=0 foreign=0; fi
+    # New machines take a while to answer. Those that never do are idle, or cannot be prepared either.
+    look || { nap 30 && look; } || { nap 60 && look; } \
+      || none=1 running=0 finished=0 failed=0 stopped=0 crashed=0 foreign=0
     [ "$foreign" = 0 ] || fail "${option[name]} is busy with another job; stop that by --do=stop, or take another --name"
+    if [ "$none" != 0 ]; then prepared=''; fi  # new, or started anew: nothing is installed, or nothing mounted
     if [ "$running" = 0 ] && { [ "$finished" = 0 ] || [ "$failed$stopped$crashed$none" != 0000 ]; }; then
       if [ -z "$prepared" ]; then
         tell "installing commit $commit"
@@ -230,6 +234,7 @@ show_everything() {
   create
   note "every ${option[poll]} s until it is ready; deleted and asked for again where it was taken away:"
   show "${ask_state[@]}"
+  [ "${#ask_slices[@]}" = 0 ] || show "${ask_slices[@]}"
   prepare_hosts
   start_job
   note "every ${option[poll]} s until it ended on all $tpu_hosts hosts; started again after exit code $EXIT_REQUEUE or a lost TPU:"

@@ -25,6 +25,7 @@ need_tools gcloud git
 tpu=(gcloud compute tpus tpu-vm)
 hosts=(--worker=all)
 deleted=()
+ask_slices=()
 ask_state=("${tpu[@]}" describe "${option[name]}" "${where[@]}" "--format=value(state)")
 
 known_state() {

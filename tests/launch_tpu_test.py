@@ -149,11 +149,43 @@ def test_the_number_of_starts_is_limited(machine):
     assert machine.verbs("host.sh start", "delete") == ["host.sh start"] * 3
 
 
+def test_a_host_that_was_started_anew_is_prepared_again_for_its_bucket_is_not_mounted(machine):
+    ends = (("empty", "empty"), ("stopped", "empty"), ("stopped", "empty"), ("done", "done"))
+    done = follow(machine, [(0, "ACTIVE")], [hosts(*two, job=JOB) for two in ends])
+    assert done.returncode == 0, done.stderr
+    once = ["scp", "install", "host.sh start"]
+    assert machine.verbs(*STEPS) == [*once, *once, "delete"]
+
+
 def test_a_host_that_ended_alone_has_the_others_stopped(machine):
     alone, ended = hosts("failed", "running", job=JOB), hosts("failed", "failed", job=JOB)
     done = follow(machine, [(0, "ACTIVE")], [hosts("empty", "empty", job=JOB), *[alone] * 5, ended])
     assert done.returncode == 1
     assert machine.verbs(*STEPS).count("systemctl stop") == 1
+
+
+def test_machines_that_do_not_answer_at_first_are_waited_for(machine):
+    refused = (255, "ssh: connection refused")
+    looks = [refused, refused, *(hosts(end, end, job=JOB) for end in ("empty", "running", "done"))]
+    done = follow(machine, [(0, "ACTIVE")], looks)
+    assert done.returncode == 0, done.stderr
+    assert machine.verbs(*STEPS) == ["scp", "install", "host.sh start", "delete"]
+
+
+def test_one_slice_of_several_that_is_lost_is_the_loss_of_all(machine):
+    looks = [hosts("empty", "empty", job=JOB), (255, "ssh: no such node"), hosts("empty", "empty", job=JOB)]
+    looks.append(hosts("done", "done", job=JOB))
+    slices = [(0, "READY\nPREEMPTED"), (0, "READY\nREADY")]
+    states = [*[(0, "ACTIVE")] * 4, ABSENT, (0, "ACTIVE")]
+    machine.answer(
+        BUCKET, ("resources describe", states),
+        ("tpu-vm list", [slices[1], slices[0], slices[0], slices[0], slices[1]]),
+        ("systemctl show unclip_jax --prop", looks),
+    )  # fmt: skip
+    done = machine.run("launch/queued_resource.sh", *OPTIONS, "--slices=2", "--spot", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    once = ["scp", "install", "host.sh start"]
+    assert machine.verbs(*STEPS) == [*once, "delete", "create", *once, "delete"]
 
 
 def test_a_launcher_that_comes_back_joins_the_job_that_runs(machine):
@@ -208,7 +240,7 @@ def test_a_dry_run_is_a_script_of_what_would_be_done(machine, script):
 
     def doing(calls: list[list[str]]) -> list[list[str]]:
         return [call for call in calls if call[0] == "gcloud" and "systemctl show" not in call[-1] and
-                not {"compute", "describe"} <= set(call)]  # fmt: skip
+                not ({"compute", "describe"} <= set(call) or "list" in call)]  # fmt: skip
 
     assert doing(machine.calls) == doing(printed)
 
