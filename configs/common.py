@@ -77,9 +77,9 @@ def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
                 "ema_warmup": False,
                 **durations(warmup_steps=1000),
             },
-            "mesh": {"data": -1, "fsdp": 1, "model": 1},
-            # Logical axes of weights -> mesh axes; what is not named is replicated. A convolution is split along one
-            # axis only: with both channel axes split, on a data x fsdp x model mesh, XLA's gradients came out wrong.
+            "mesh": {"slice": -1, "data": -1, "fsdp": 1, "model": 1},
+            # Logical axes -> mesh axes; what is not named is on every device. A convolution's weights are split along
+            # one axis: with both channel axes split, on a data x fsdp x model mesh, XLA's gradients came out wrong.
             "sharding": (
                 ("embed", "fsdp"),
                 ("mlp", "model"),
@@ -119,7 +119,8 @@ def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
 
 
 def pod(config: ConfigDict) -> ConfigDict:
-    """Names what the user of a large config brings: data of their own, and OpenAI's CLIP vocabulary."""
+    """Names what the user of a large config brings: data, OpenAI's CLIP vocabulary, and 64 chips or a multiple."""
+    config.mesh.fsdp = 64  # divides all of Table 3's widths
     config.data.dataset = ""  # a folder that `python -m unclip_jax.prepare` made
     config.data.vocabulary = "~/unclip_data/clip_vocabulary"  # holds vocab.json and merges.txt
     return config
@@ -128,6 +129,7 @@ def pod(config: ConfigDict) -> ConfigDict:
 def accelerator(config: ConfigDict) -> ConfigDict:
     """As `pod`, for one accelerator of 16 GB: the moving average and the evaluations of a shorter run."""
     pod(config)
+    config.mesh.fsdp = 1
     config.optim.ema_decay = 0.9995
     config.evaluation.update({**durations(every_percent=10.0), "examples": 1024, "batch_size": 64})
     return config

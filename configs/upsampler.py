@@ -9,6 +9,9 @@ samples by GLIDE's 27 steps. `small_1` and `small_2` train on one accelerator of
 
 from configs import common
 
+# No layer is split here: where devices share an image, each holds some of its rows.
+_SHARDING = (("embed", "fsdp"), ("conv_out", "fsdp"), ("height", "model"))
+
 
 def _laptop(emoji, second):
     size = {"batch_size": 16, "steps": 2500} if emoji else {"batch_size": 4, "steps": 800}
@@ -29,6 +32,7 @@ def _laptop(emoji, second):
         "norm_groups": 32 if emoji else 4,
         "remat": "none",
     }
+    config.sharding = _SHARDING
     config.low_res_size = low
     config.data.degradation = "gaussian_blur"
     config.data.crop_fraction = 0.5 if second else 1.0
@@ -52,6 +56,7 @@ def _large(config, second, unet):
         "scale_shift": "film",
         **unet,
     }
+    config.sharding = _SHARDING
     config.low_res_size = 256 if second else 64
     config.data.degradation = "bsr" if second else "gaussian_blur"
     config.data.crop_fraction = 0.25

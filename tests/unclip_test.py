@@ -220,3 +220,23 @@ def test_counts_that_do_not_fit_are_refused(model):
         model.sample_prior(CAPTIONS, ids=[1])
     with pytest.raises(InputError, match="nothing to make"):
         model.embed_text([])
+
+
+def test_devices_that_share_an_image_draw_the_same_one_and_each_holds_less_of_it(folder, model):
+    shared = unclip.UnCLIP.load(str(folder), only=["clip", "upsampler_1"], microbatch=2, devices_per_image=4)
+    low_res = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    images = {who: who.predictor.run("upsampler_1", "sample", {"low_res": low_res}, seed=1) for who in (model, shared)}
+    difference = np.abs(np.int16(images[model]) - images[shared])
+    assert difference.max() <= 1  # of 255: sums are rounded in another order
+
+    def compiled(who):
+        return next(program for key, program in who.predictor._programs.items() if key[0] == "upsampler_1")
+
+    assert "collective-permute" in compiled(shared).as_text()  # the rows at the borders
+    held = [compiled(who).memory_analysis().temp_size_in_bytes for who in (shared, model)]  # of an image by 4, and by 1
+    assert held[0] < 0.6 * held[1]
+
+
+def test_devices_that_cannot_share_images_evenly_are_refused(folder):
+    with pytest.raises(InputError, match="3 devices per image do not divide this host's 8; 1, 2, 4, 8 do"):
+        unclip.UnCLIP.load(str(folder), only=["clip"], devices_per_image=3)

@@ -5,6 +5,7 @@ them; nothing here imports those files' values, and they import nothing from her
 rule below: its type and its range. A key without a rule is a typo.
 """
 
+import fnmatch
 import importlib.util
 import json
 import math
@@ -110,8 +111,8 @@ RULES: dict[str, Any] = {
 }  # fmt: skip
 
 # Keys that may differ when a run is resumed: they change where and how it runs, never what it computes.
-FREE_ON_RESUME = ("mesh.", "sharding", "checkpoint.", "log.", "evaluation.", "data.workers", "data.cache",
-                  "data.data_dir", "data.eval_split", "frozen.", "sampling.")  # fmt: skip
+FREE_ON_RESUME = ("mesh.*", "sharding", "checkpoint.*", "log.*", "evaluation.*", "data.workers", "data.cache",
+                  "data.data_dir", "data.eval_split", "frozen.*", "sampling.*", "*.remat")  # fmt: skip
 
 
 def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -261,9 +262,9 @@ def from_json_value(value: Any) -> ConfigDict:
 def difference(
     old: ConfigDict, new: ConfigDict, *, ignore: Sequence[str] = FREE_ON_RESUME
 ) -> dict[str, tuple[Any, Any]]:
-    """Returns {key: (old, new)} of the leaves that differ, but for keys that begin with one of `ignore`."""
+    """Returns {key: (old, new)} of the leaves that differ, but for keys that match one of `ignore`."""
     before, after = dict(leaves(old)), dict(leaves(new))
-    keys = [key for key in sorted(before | after) if not key.startswith(tuple(ignore))]
+    keys = [key for key in sorted(before | after) if not any(fnmatch.fnmatchcase(key, name) for name in ignore)]
     # A key that a config did not have yet counts as none, or as empty.
     missing = (None, ())
     pairs = {key: (before.get(key), after.get(key)) for key in keys}

@@ -280,6 +280,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "The moving average of the weights, or the last ones.")
     flags.DEFINE_enum("stages", "last", ["last", "all"], "Write the last stage's images only, or every stage's.")
     flags.DEFINE_integer("batch_size", 16, "Images made at once.", lower_bound=1)
+    flags.DEFINE_integer("devices_per_image", 1, "Devices that share an image that one cannot hold.", lower_bound=1)
     flags.DEFINE_string("compile_cache", "~/.cache/unclip_jax", "Compiled programs, kept between runs; '' is off.")
 
 
@@ -315,7 +316,12 @@ def main(argv: Sequence[str]) -> int:
     names = unclip.names_for(options.models, priors=priors)
     sampling = sampling_options(names)
     model = unclip.UnCLIP.load(
-        options.models, only=names, sampling=sampling, weights=options.weights, microbatch=options.batch_size
+        options.models,
+        only=names,
+        sampling=sampling,
+        weights=options.weights,
+        microbatch=options.batch_size,
+        devices_per_image=options.devices_per_image,
     )
     for prior in priors:
         model.check(prior=prior, negative=negative)

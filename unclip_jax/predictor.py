@@ -29,12 +29,12 @@ class Timing:
 class Predictor:
     """The predict functions of some parts, on all devices of this host."""
 
-    def __init__(self, parts: Mapping[str, Part], *, microbatch: int):
-        """Takes parts by name, and the examples per call, which are rounded up so that devices have equal shares."""
+    def __init__(self, parts: Mapping[str, Part], *, microbatch: int, mesh: jax.sharding.Mesh):
+        """Takes parts by name, the examples per call, rounded up so that devices have equal shares, and the devices."""
         self._parts = parts
         self.timings = {name: Timing() for name in parts}
-        self._mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
-        replicas = math.prod(self._mesh.shape.values())
+        self._mesh = mesh
+        replicas = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
         self.microbatch = math.ceil(microbatch / replicas) * replicas
         self._programs: dict[tuple[str, str, Any], Any] = {}
 
@@ -85,7 +85,7 @@ class Predictor:
         key = (part.name, function, tuple((field, x.shape) for field, x in batch.items()))
         if key not in self._programs:
             began = time.monotonic()
-            fn = jax.jit(part.stage.predict_fns()[function])
+            fn = jax.jit(sharding.traced_on(self._mesh, part.config.sharding, part.stage.predict_fns()[function]))
             abstract = {f: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for f, x in batch.items()}
             rng_like = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=same)
             self._programs[key] = fn.lower(part.params, frozen, abstract, rng_like).compile()

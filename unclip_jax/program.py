@@ -99,21 +99,12 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
             lambda rng: nn.meta.unbox(init_boxed(rng)), out_shardings=state_sharding, compiler_options=_once(mesh)
         ),
         train_step=jax.jit(
-            _on(mesh, rules, step), donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
+            sharding.traced_on(mesh, rules, step),
+            donate_argnums=0,
+            out_shardings=(state_sharding, sharding.replicated(mesh)),
         ),
-        predict={name: jax.jit(_on(mesh, rules, fn)) for name, fn in stage.predict_fns().items()},
+        predict={name: jax.jit(sharding.traced_on(mesh, rules, fn)) for name, fn in stage.predict_fns().items()},
     )
-
-
-def _on(mesh: Mesh, rules: sharding.Rules, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `fn`, which where it is traced knows how its arrays are split over devices."""
-
-    @functools.wraps(fn)
-    def wrapped(*arguments):
-        with sharding.on(mesh, rules):
-            return fn(*arguments)
-
-    return wrapped
 
 
 def _value_and_grad(config: ConfigDict, stage: base.Stage, mesh: Mesh) -> Callable[..., Any]:

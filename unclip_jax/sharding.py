@@ -58,11 +58,13 @@ def make_mesh(sizes: Mapping[str, int] | ConfigDict, devices: Sequence[jax.Devic
         shown = [axis for axis in AXES if axis != "slice" or shape[0] > 1]
         wanted = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in shown)
         raise InputError(f"config.mesh asks for {wanted}, which does not divide over the {len(devices)} devices here")
-    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    # A torus of 16 x 16 has no side of 64, but a block of 16 x 4.
     if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=auto)
-    inside, between = (1, *shape[1:]), (slices, 1, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), AXES, axis_types=auto)
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        inside, between = (1, *shape[1:]), (slices, 1, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def partition_spec(
@@ -163,6 +165,17 @@ def _placed(placement: _Placement | None) -> Iterator[None]:
 def on(mesh: Mesh, rules: Rules) -> contextlib.AbstractContextManager[None]:
     """Says that what is traced inside runs on `mesh`, its arrays split by the table `rules`."""
     return _placed(_Placement(mesh, rules))
+
+
+def traced_on(mesh: Mesh, rules: Rules, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn`, to be traced `on` the mesh whoever traces it."""
+
+    @functools.wraps(fn)
+    def wrapped(*arguments):
+        with on(mesh, rules):
+            return fn(*arguments)
+
+    return wrapped
 
 
 def by_hand() -> contextlib.AbstractContextManager[None]:

@@ -68,16 +68,27 @@ def names_for(models: str, *, priors: Sequence[str]) -> list[str]:
     return [*clip, *(name for prior in priors if (name := PRIORS[prior])), "decoder", *upsamplers]
 
 
+def _mesh(devices_per_image: int) -> jax.sharding.Mesh:
+    here = jax.local_devices()
+    if devices_per_image < 1 or len(here) % devices_per_image:
+        known = ", ".join(str(n) for n in range(1, len(here) + 1) if len(here) % n == 0)
+        raise InputError(f"{devices_per_image} devices per image do not divide this host's {len(here)}; {known} do")
+    return sharding.make_mesh({"data": -1, "model": devices_per_image}, here)
+
+
 class UnCLIP:
     """The trained parts of one unCLIP; make it with `load`."""
 
-    def __init__(self, parts: Mapping[str, Part], *, models: str = "", microbatch: int = 32):
+    def __init__(
+        self, parts: Mapping[str, Part], *, models: str = "", microbatch: int = 32, devices_per_image: int = 1
+    ):
         """Takes parts that fit each other.
 
         Args:
           parts: by name, keys of STAGES.
           models: the folder they come from, for error messages.
           microbatch: images per call of a network; the last call is filled up, so that each network is compiled once.
+          devices_per_image: as the parts were placed for.
 
         `predictor` calls what the parts can predict besides.
 
@@ -86,7 +97,7 @@ class UnCLIP:
         """
         self.parts = {name: parts[name] for name in STAGES if name in parts}
         self.models = models
-        self.predictor = Predictor(self.parts, microbatch=microbatch)
+        self.predictor = Predictor(self.parts, microbatch=microbatch, mesh=_mesh(devices_per_image))
         self.timings, self.microbatch = self.predictor.timings, self.predictor.microbatch
         self._tokenizers: dict[str, Tokenizer] = {}
         parts_lib.check_clip(self.parts)
@@ -101,6 +112,7 @@ class UnCLIP:
         sampling: Mapping[str, Mapping[str, Any]] | None = None,
         weights: str = "ema",
         microbatch: int = 32,
+        devices_per_image: int = 1,
     ) -> "UnCLIP":
         """Reads the parts from a folder, or from the workdirs given by name.
 
@@ -110,6 +122,8 @@ class UnCLIP:
           sampling: part -> {key of `config.sampling`: value}, in place of what the run's config says.
           weights: "ema", the moving average, or "params", the last weights.
           microbatch: images per call of a network.
+          devices_per_image: devices that share each image, for those that one cannot hold: an upsampler's has its
+            rows split over them, and networks that attend have their heads split. It divides this host's devices.
 
         Raises:
           InputError: no such folder or part, an unknown sampling key, a damaged checkpoint, or parts that do not fit.
@@ -126,12 +140,12 @@ class UnCLIP:
             if name not in folders:
                 raise InputError(parts_lib.missing(name, where))
         chosen = {name: folder for name, folder in folders.items() if only is None or name in only}
-        mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+        mesh = _mesh(devices_per_image)
         parts = {
             name: parts_lib.read(name, folder, mesh, weights=weights, sampling=sampling.get(name, {}))
             for name, folder in chosen.items()
         }
-        return cls(parts, models=where, microbatch=microbatch)
+        return cls(parts, models=where, microbatch=microbatch, devices_per_image=devices_per_image)
 
     @property
     def upsamplers(self) -> list[str]:
