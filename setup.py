@@ -55,6 +55,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
+        # The compiler that a TPU would use, for `python -m unclip_jax.plan`: no TPU is needed.
+        "plan": ["jax[tpu]>=0.10.2,<0.12"],
         "test": [
             "beartype>=0.23.1",
             "filelock>=4.2.11",

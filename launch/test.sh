@@ -55,7 +55,7 @@ install() {
   say "installing into $venv"
   "$python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade pip
   has_torch || install_torch
-  "$python" -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test,parity]'
+  "$python" -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test,parity,plan]'
   printf '%s\n' "$wanted" > "$venv/installed"
   echo "installed in $((SECONDS - began)) s"
 }

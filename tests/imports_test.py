@@ -17,9 +17,10 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("hosts",),
-    ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl"),
-    ("replicas", "stopping", "watchdog", "clock", "digests"),  # replicas: one replica's view of a batch
-    ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput"),
+    ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl", "topologies", "compiled_program"),
+    # replicas: one replica's view of a batch; the last two read compiled programs for the planner
+    ("replicas", "stopping", "watchdog", "clock", "digests", "instruction_costs", "tpu_compiler"),
+    ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput", "roofline"),
     ("stages", "evaluation", "interop"),
     # parts: trained networks, read from their workdirs; pages: what HTML pages share
     ("parts", "captioned_grid", "description", "goodput_sums", "pages"),
@@ -27,8 +28,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predictor", "quickstart_report", "run_curves", "jobs"),
     ("unclip", "training_jobs", "run_report"),
     ("program", "fitting", "report"),
-    ("inputs",),  # what a program reads
-    ("train",),
+    ("inputs", "traced_run"),  # inputs: what a program reads; traced_run: a run traced, for the planner
+    ("train", "planning"),
+    ("plan_search", "plan_tables"),
     ("plan", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),
     ("quickstart_results", "ablation_tables"),
     ("quickstart", "ablation_cells"),  # quickstart: runs the others
