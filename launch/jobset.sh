@@ -187,6 +187,7 @@ launch() {
     return
   fi
   state=$(jobset_state)
+  [ "$state" != unknown ] || fail "kubectl could not be asked about $jobset: see above"
   if [ "$state" != absent ]; then
     ours=$("${kubectl[@]}" get jobset "$jobset" '--output=jsonpath={.metadata.annotations.unclip-jax/job}')
     [ "$ours" = "$job" ] || fail "there is another job of the name $jobset; delete it by --do=delete, or take another --name"

@@ -38,11 +38,11 @@ check_cluster_options() {
   fi
 }
 
-# Prints absent, running, Completed or Failed.
+# Prints absent, running, Completed or Failed; unknown where kubectl has no answer.
 jobset_state() {
   local found
   found=$("${kubectl[@]}" get jobset "$jobset" --ignore-not-found '--output=jsonpath={.metadata.name} {.status.terminalState}') \
-    || fail "kubectl could not be asked about $jobset"
+    || { echo unknown; return; }
   case $found in
     '') echo absent ;;
     *' Completed') echo Completed ;;
@@ -53,10 +53,12 @@ jobset_state() {
 
 # Waits for the end where --wait is given, and ends this launcher.
 see_it_end() {
-  local state
+  local state unknown=0
   [ -n "${option[wait]}" ] || exit "$EXIT_DONE"
   while :; do
     state=$(jobset_state)
+    if [ "$state" = unknown ]; then unknown=$((unknown + 1)); else unknown=0; fi
+    [ $unknown -lt 10 ] || fail "kubectl could not be asked about $jobset 10 times in a row; the job may go on"
     case $state in
       Completed) say "$jobset is done"; exit "$EXIT_DONE" ;;
       Failed) say "error: $jobset failed; ${0##*/} --do=logs shows why"; exit "$EXIT_FAILED" ;;

@@ -189,10 +189,10 @@ run_job() {
     if [ "$running" = 0 ] && { [ "$finished" = 0 ] || [ "$failed$stopped$crashed$none" != 0000 ]; }; then
       if [ -z "$prepared" ]; then
         tell "installing commit $commit"
-        prepare_hosts || { tell "the hosts could not be prepared"; return; }
+        prepare_hosts || { tell "the hosts could not be prepared"; return 0; }
         prepared=1
       fi
-      start_job || return
+      start_job || { tell "the job could not be started"; return 0; }
       tell "started: $(quote_all "${words[@]}")"
     fi
     watch_job || return 0

@@ -58,6 +58,7 @@ launch() {
     return
   fi
   state=$(jobset_state)
+  [ "$state" != unknown ] || fail "kubectl could not be asked about $jobset: see above"
   case $state in
     Completed) say "$jobset is done already"; exit "$EXIT_DONE" ;;
     running) say "$jobset is there already" ;;

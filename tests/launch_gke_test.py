@@ -137,6 +137,15 @@ def test_a_jobset_is_applied_and_waited_for(machine):
     assert yaml.safe_load(applied) == manifest(Machine(machine.folder / "another", machine.checkout))
 
 
+def test_a_cluster_that_does_not_answer_for_a_while_is_asked_again(machine):
+    machine.answer((STATUS, [(0, ""), *[(1, "connection refused")] * 9, RUNNING, (0, "clip Completed")]))
+    assert machine.run("launch/jobset.sh", *OPTIONS, "--wait", *TRAIN).returncode == 0
+    machine.answer((STATUS, [(1, "connection refused")]))
+    done = machine.run("launch/jobset.sh", *OPTIONS, "--wait", *TRAIN)
+    assert done.returncode == 1 and "connection refused" in done.stderr and "could not be asked" in done.stderr
+    assert machine.verbs("apply") == ["apply"]
+
+
 def test_a_jobset_that_fails_is_told_and_started_anew_by_the_same_command(machine):
     machine.answer((STATUS, [(0, ""), (0, "clip Failed")]))
     done = machine.run("launch/jobset.sh", *OPTIONS, "--wait", *TRAIN)

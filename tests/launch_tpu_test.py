@@ -127,6 +127,19 @@ def test_a_job_that_failed_is_not_started_again_and_its_last_lines_are_shown(mac
     assert "error: no such data set" in done.stdout and "failed on 2 hosts" in done.stderr
 
 
+def test_a_start_that_does_not_come_through_is_repeated(machine):
+    looks = [hosts(end, end, job=JOB) for end in ("empty", "empty", "empty", "done")]
+    machine.answer(
+        BUCKET, ("describe", [(0, "ACTIVE")]), ("systemctl show unclip_jax --prop", looks),
+        ("host.sh install", [(1, "no space left"), (0, "")]), ("host.sh start", [(255, "ssh: broken pipe"), (0, "")]),
+    )  # fmt: skip
+    done = machine.run("launch/queued_resource.sh", *OPTIONS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    start = ["scp", "install", "host.sh start"]
+    assert machine.verbs(*STEPS) == ["scp", "install", *start, *start, "delete"]
+    assert "could not be prepared" in done.stderr and "could not be started" in done.stderr
+
+
 def test_an_error_is_repeated_where_that_is_asked_for(machine):
     looks = [hosts(*ends, job=JOB) for ends in (("empty", "empty"), ("failed", "failed"), ("failed", "failed"))]
     done = follow(machine, [(0, "ACTIVE")], [*looks, hosts("done", "done", job=JOB)], "--retry-errors")
