@@ -1,6 +1,7 @@
 """Checkpoints: what is read back is what was saved, or it is not read back."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -16,7 +17,7 @@ from unclip_jax import config as configs
 from unclip_jax.errors import InputError
 from unclip_jax.state import TrainState
 
-FLIPS = 60
+FLIPS = int(os.environ.get("UNCLIP_TEST_FLIPS", "60"))
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,7 @@ def test_no_flipped_bit_is_silent(tmp_path, config):
         else:
             assert same_bits(state, right) and meta_now == meta, path
         path.write_bytes(clean)
+    print(f"{FLIPS} flips of a bit: {refused} refused, {FLIPS - refused} without any effect on what is restored")
     assert refused > FLIPS / 4  # the flips did reach what matters
     assert same_bits(restore(tmp_path)[0], right)
 
@@ -314,3 +316,25 @@ def test_killed_while_statistics_are_replaced_a_step_has_the_old_ones(workdir, m
     assert same_bits(restore(workdir, tree)[0].statistics, measured(0.5))
     checkpoint.replace_statistics(workdir, 3, measured(0.25))
     assert same_bits(restore(workdir, tree)[0].statistics, measured(0.25))
+
+
+def test_a_temporary_step_lasts_until_a_newer_one_and_pushes_out_none_that_stays(tmp_path, config):
+    def steps():
+        return checkpoint.steps_of(tmp_path / "checkpoints")
+
+    def saved(saver, step, **options):
+        saver.save(state_at(step), config=config, **options)
+        saver._manager.wait_until_finished()
+        assert saver.committed(step) and not saver.committed(step + 1)
+        return steps()
+
+    saver = checkpoint.Checkpointer(tmp_path, every_steps=2, keep=2)
+    assert saved(saver, 2) == [2] and saved(saver, 3, temporary=True) == [3, 2]
+    assert saved(saver, 4) == [4, 2]
+    assert saved(saver, 5, temporary=True) == [5, 4, 2]
+    saver.close()
+    saver = checkpoint.Checkpointer(tmp_path, every_steps=2, keep=2)  # another start knows which is which
+    assert same_bits(saver.restore(abstract())[0], state_at(5))
+    assert saved(saver, 6, temporary=True) == [6, 4, 2]
+    assert saved(saver, 8) == [8, 4] and saved(saver, 10) == [10, 8]
+    saver.close()

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, PngImagePlugin
 
-from unclip_jax import captioned_grid, metrics, programs, unclip
+from unclip_jax import captioned_grid, hosts, metrics, programs, unclip
 from unclip_jax.data import captions as captions_lib
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.stopping import Polled, Stopping
@@ -312,6 +312,8 @@ def main(argv: Sequence[str]) -> int:
     programs.start_logging()
     stop = Stopping()  # files are written whole, so that nothing is lost wherever it ends
     programs.start_jax(compile_cache=options.compile_cache)
+    if hosts.count() > 1:
+        raise InputError("images are drawn by one process; set UNCLIP_HOSTS=one, and give each host its own prompts")
     began = time.monotonic()
     names = unclip.names_for(options.models, priors=priors)
     sampling = sampling_options(names)

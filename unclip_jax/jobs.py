@@ -71,7 +71,8 @@ def core_groups(cores: Sequence[int], *, most: int) -> list[tuple[int, ...]]:
 
 def environment(group: Sequence[int] | None) -> dict[str, str]:
     """Returns the environment of a process on a group of cores; None leaves the threads to the libraries."""
-    result = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
+    alone = {"UNCLIP_HOSTS": "one"}  # each job is a run of its own, whatever it was started beside
+    result = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1", **alone}
     if group is not None and len(group) == 1:
         flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "multi_thread_eigen" not in flag]
         result["XLA_FLAGS"] = " ".join([*flags, "--xla_cpu_multi_thread_eigen=false"])

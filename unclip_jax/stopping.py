@@ -122,6 +122,10 @@ class Stopping:
             self._vote = self._vote or vote
 
 
+def _nothing(number: int, frame: object) -> None:
+    """What Python does at a signal, for the thread does it all."""
+
+
 class _Bell:
     """What Python rings when a signal comes, whatever the main thread is doing; made once for a process."""
 
@@ -137,11 +141,12 @@ class _Bell:
             cls._sockets[1].setblocking(False)
             threading.Thread(target=cls._listen, args=(cls._sockets[0],), name="signals", daemon=True).start()
         for number in _SIGNALS:
-            signal.signal(number, lambda number, frame: None)  # or Python would not ring
+            signal.signal(number, _nothing)  # or Python would not ring
         signal.set_wakeup_fd(cls._sockets[1].fileno(), warn_on_full_buffer=False)
 
     @classmethod
     def _listen(cls, hearing: socket.socket) -> None:
         while number := hearing.recv(1):
-            if number[0] in _SIGNALS and cls._stopping:
+            # Whoever has put another handler in place wants to hear of it alone.
+            if number[0] in _SIGNALS and cls._stopping and signal.getsignal(number[0]) is _nothing:
                 cls._stopping.heard(number[0])
