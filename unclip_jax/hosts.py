@@ -94,12 +94,15 @@ def join() -> None:
             initialization_timeout=seconds + 60,  # JAX's way to say it is to abort
             heartbeat_timeout_seconds=_number("UNCLIP_HEARTBEAT_SECONDS") or 30,
         )
-    except ValueError as error:
-        if certain:
+    except (ValueError, OSError, RuntimeError) as error:
+        if certain and isinstance(error, ValueError):
             raise InputError(
                 f"this is one of several processes, but not which ({error}); set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
                 "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or UNCLIP_HOSTS=one"
             ) from error
+        if certain or (isinstance(error, RuntimeError) and "metadata" not in str(error)):
+            raise
+        _LOG.debug("this TPU's machine does not tell of others: %s", error)
         return
     finally:
         late.cancel()
