@@ -183,8 +183,9 @@ class Run:
         self.watchdog.rest()
 
     def _evaluates(self, step: int) -> bool:
-        due = step == self.program.total_steps or (step and step % self.every["evaluation"] == 0)
-        return bool(self.evaluators and due)
+        if not self.evaluators:  # as where the interval is 0
+            return False
+        return step == self.program.total_steps or (step > 0 and step % self.every["evaluation"] == 0)
 
     def _is_evaluated(self, step: int) -> bool:
         return any(name.startswith("evaluation/") for name in metrics.read(self.workdir).get(step, {}))
