@@ -52,7 +52,7 @@ check_tpu_options() {
   else
     [ "${#words[@]}" = 0 ] || fail "--do=${option[do]} takes no program"
   fi
-  where=("--project=${option[project]}" "--zone=${option[zone]}")
+  where=("--project=${option[project]}" "--zone=${option[zone]}" --quiet)  # nobody is there to answer questions
 }
 
 # What tpu-vm create and queued-resources create have in common.
@@ -156,7 +156,7 @@ state_of() {
 }
 
 create() { run "${tpu[@]}" create "${option[name]}" "${where[@]}" "${created[@]}"; }
-delete() { run "${tpu[@]}" delete "${option[name]}" "${where[@]}" --quiet "${deleted[@]}"; }
+delete() { run "${tpu[@]}" delete "${option[name]}" "${where[@]}" "${deleted[@]}"; }
 
 finish() {
   if [ -n "${option[keep]}" ]; then

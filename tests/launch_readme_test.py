@@ -7,6 +7,7 @@ import shutil
 import pytest
 from launch_fakes import ROOT, Machine
 
+SCRIPTS = ("tpu_vm", "queued_resource", "jobset", "xpk", "slurm", "stages", "image")
 README = (ROOT / "launch" / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line]
@@ -16,7 +17,7 @@ ELSEWHERE = ("python", "python3", "ssh-add")  # what the page runs besides launc
 def test_the_page_has_commands_for_every_launcher():
     words = {word for line in COMMANDS for word in line.split() if word.startswith("./launch/")}
     named = {word.removeprefix("./launch/") for word in words}
-    scripts = {f"{name}.sh" for name in ("tpu_vm", "queued_resource", "jobset", "xpk", "slurm", "stages", "image")}
+    scripts = {f"{name}.sh" for name in SCRIPTS}
     assert scripts <= named and scripts == set(re.findall(r"^\| `(\w+\.sh)`", README, re.MULTILINE))
 
 
@@ -55,3 +56,21 @@ def test_a_machine_without_the_real_tools_is_what_they_see(machine: Machine):
     """The stand-ins are all that launchers can reach: nothing else of these names is on their PATH."""
     found = machine.run("bash", "-c", "type -P gcloud kubectl xpk docker sbatch").stdout.split()
     assert found == [str(machine.folder / "bin" / name) for name in ("gcloud", "kubectl", "xpk", "docker", "sbatch")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_is_in_the_help_and_the_command_of_the_header_is_accepted(machine, script):
+    text = (ROOT / "launch" / f"{script}.sh").read_text()
+    sourced = [(ROOT / path).read_text() for path in re.findall(r"^\. (launch/\S+)", text, re.MULTILINE)]
+    done = machine.run(f"launch/{script}.sh", "--help")
+    shown = set(re.findall(r"^  --([a-z0-9-]+)", done.stdout, re.MULTILINE))
+    define = re.compile(r'^ *define(?:_flag)? "?([a-z-]+)"? ', re.MULTILINE)
+    declared = {name for each in (text, *sourced) for name in define.findall(each)}
+    used = set(re.findall(r"\$\{option\[([a-z-]+)\]", text))
+    assert done.returncode == 0 and used and used | declared <= shown
+    assert not re.search(r"^  --\S+ +$", done.stdout, re.MULTILINE), "an option without a text"
+    (command,) = re.findall(r"^#   \./((?:.*\\\n)*.*)", text, re.MULTILINE)
+    words = shlex.split(command.replace("\\\n#", " "))
+    dry = machine.run(words[0], "--dry-run", *words[1:])
+    assert dry.returncode == 0, dry.stderr
+    assert machine.calls == []

@@ -1,14 +1,13 @@
 """The launchers for TPUs: what they would do, what they refuse, and how they go on through every end of a job."""
 
 import pathlib
-import re
 import shlex
 import shutil
 import subprocess
 
 import launch_fakes
 import pytest
-from launch_fakes import ROOT, Machine, commands
+from launch_fakes import Machine, commands
 
 SCRIPTS = ("tpu_vm", "queued_resource")
 TRAIN = ("train", "--config=configs/clip.py:paper", "--workdir=gs://my-bucket/runs/clip")
@@ -402,19 +401,3 @@ def test_a_host_is_installed_and_mounts_the_bucket_to_read(tmp_path, launch_chec
     assert done.returncode == 0, done.stderr
     assert machine.verbs("uv pip install", "gcsfuse --implicit") == ["uv pip install", "gcsfuse --implicit"]
     assert ["gcsfuse", "--implicit-dirs", "-o", "ro", "my-bucket", "/bucket"] in machine.calls
-
-
-# --- help ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_option_is_in_the_help_and_every_header_command_is_accepted(machine, script):
-    text = (ROOT / "launch" / f"{script}.sh").read_text() + (ROOT / "launch" / "tpu_hosts.sh").read_text()
-    shown = machine.run(f"launch/{script}.sh", "--help").stdout
-    used = set(re.findall(r"\$\{option\[([a-z-]+)\]", text))
-    assert used and all(f"--{name}" in shown for name in used)
-    header = (ROOT / "launch" / f"{script}.sh").read_text()
-    (command,) = re.findall(r"^#   \./((?:.*\\\n)*.*)", header, re.MULTILINE)
-    words = shlex.split(command.replace("\\\n#", " "))
-    assert machine.run(words[0], "--dry-run", *words[1:]).returncode == 0
-    assert machine.calls == []
