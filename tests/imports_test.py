@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hosts",),
     ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl", "topologies", "compiled_program"),
     # replicas: one replica's view of a batch; the last two read compiled programs for the planner
-    ("replicas", "stopping", "watchdog", "clock", "digests", "instruction_costs", "tpu_compiler"),
+    ("replicas", "stopping", "watchdog", "clock", "digests", "guard", "instruction_costs", "tpu_compiler"),
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput", "roofline"),
     ("stages", "evaluation", "interop"),
     # parts: trained networks, read from their workdirs; pages: what HTML pages share

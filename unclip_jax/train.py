@@ -4,7 +4,6 @@ The same command resumes: every later loss is bit-identical to that of a run nev
 stopped by SIGTERM or SIGINT after saving (run it again), 1 error.
 """
 
-import collections
 import dataclasses
 import functools
 import logging
@@ -24,6 +23,7 @@ from unclip_jax import config as configs
 from unclip_jax.clock import Clock
 from unclip_jax.errors import InputError
 from unclip_jax.evaluation import evaluators
+from unclip_jax.guard import Guard
 from unclip_jax.inputs import Input, load_frozen
 from unclip_jax.program import build
 from unclip_jax.state import TrainState
@@ -202,7 +202,7 @@ class Run:
         progress = metrics.Progress(
             config.stage, start=step, total=program.total_steps, examples_per_step=config.batch_size
         )
-        guard = _Guard(config.max_nonfinite_steps)
+        guard = Guard(config.max_nonfinite_steps)
         window: list[dict[str, Any]] = []
         began = time.monotonic()
         first = step
@@ -277,43 +277,6 @@ class Run:
     def _between_batches(self) -> None:
         self.watchdog.feed("a batch of the evaluation", times=_PATIENCE)
         self.stopping.check()
-
-
-class _Guard:
-    """Watches, one step behind so that the device never waits, for losses and gradients that are not finite."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._pending: collections.deque[tuple[int, Mapping[str, Any], Any]] = collections.deque()
-        self._bad: list[tuple[int, list[int]]] = []
-        self.last_step_good = True
-
-    def watch(self, step: int, report: Mapping[str, Any], ids: np.ndarray | None) -> None:
-        self._pending.append((step, report, ids))
-        if len(self._pending) > 1:
-            self._check(*self._pending.popleft())
-
-    def drain(self) -> None:
-        while self._pending:
-            self._check(*self._pending.popleft())
-
-    def _check(self, step: int, report: Mapping[str, Any], ids: np.ndarray | None) -> None:
-        streak = int(report["streak"])
-        self.last_step_good = streak == 0
-        if not streak:
-            self._bad.clear()
-            return
-        names = [] if ids is None else [int(i) for i in ids]
-        self._bad.append((step, names))
-        _LOG.warning(
-            "step %d skipped: loss %g, gradient norm %g", step, float(report["loss"]), float(report["grad_norm"])
-        )
-        if streak >= self._limit:
-            first, examples = self._bad[0]
-            raise InputError(
-                f"{streak} steps in a row had a loss or gradient that is not finite, from step {first} (examples "
-                f"{examples[:16]}{' …' if len(examples) > 16 else ''}); the last checkpoint is from before them"
-            )
 
 
 def _profile(config: ConfigDict, workdir: epath.Path, step: int) -> None:
