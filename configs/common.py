@@ -60,6 +60,8 @@ def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
                 "flip": False,
                 "degradation": "none",
                 "crop_fraction": 1.0,
+                # Folder that `python -m unclip_jax.embed` made, or "auto" for those beside the data; "" runs CLIP.
+                "embeddings": "",
                 "max_bad_percent": 1.0,
             },
             "optim": {

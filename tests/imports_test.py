@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inputs", "traced_run"),  # inputs: what a program reads; traced_run: a run traced, for the planner
     ("train", "planning"),
     ("plan_search", "plan_tables"),
-    ("plan", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),
+    ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),
     ("quickstart_results", "ablation_tables"),
     ("quickstart", "ablation_cells"),  # quickstart: runs the others
     ("ablations",),  # so does this

@@ -81,7 +81,7 @@ def by_hand(workdir, *, examples, timestep):
     @jax.jit
     def errors(batch):
         z_i = stage.space.images(frozen["clip"], batch["clip_image"])
-        z_t = stage.space.texts(frozen["clip"], batch["clip_tokens"])
+        z_t = stage.space.of_texts(frozen, batch)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), batch["id"])
         eps = samplers.draw_noise(keys, z_i.shape[1:], step=timestep)
         t = jnp.full((examples,), timestep)

@@ -93,7 +93,8 @@ RULES: dict[str, Any] = {
                  "temperature": Rule(float, 0, 10), "threshold": TEXT, "quantile": FRACTION},
     "data": {"dataset": TEXT, "variant": TEXT, "mixture": Rule(tuple), "data_dir": TEXT, "split": TEXT,
              "eval_split": TEXT, "vocabulary": TEXT, "workers": COUNT, "cache": SWITCH, "flip": SWITCH,
-             "degradation": TEXT, "crop_fraction": Rule(float, 0.01, 1), "max_bad_percent": Rule(float, 0, 100)},
+             "degradation": TEXT, "crop_fraction": Rule(float, 0.01, 1), "embeddings": TEXT,
+             "max_bad_percent": Rule(float, 0, 100)},
     "optim": {"learning_rate": RATE, "schedule": TEXT, "final_fraction": FRACTION, "beta1": Rule(float, 0, 0.9999999),
               "beta2": Rule(float, 0, 0.9999999), "eps": Rule(float, 0, 1), "weight_decay": RATE, "decay": TEXT,
               "grad_clip": RATE, "accumulation": SIZE, "ema_decay": FRACTION, "ema_warmup": SWITCH,
@@ -266,7 +267,7 @@ def difference(
     before, after = dict(leaves(old)), dict(leaves(new))
     keys = [key for key in sorted(before | after) if not any(fnmatch.fnmatchcase(key, name) for name in ignore)]
     # A key that a config did not have yet counts as none, or as empty.
-    missing = (None, ())
+    missing = (None, (), "")
     pairs = {key: (before.get(key), after.get(key)) for key in keys}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not (a in missing and b in missing)}
 

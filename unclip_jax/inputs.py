@@ -1,7 +1,9 @@
 """What a run reads: its data, batch by batch, and the frozen networks of earlier runs."""
 
 import hashlib
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from unclip_jax import checkpoint, hosts
-from unclip_jax.data import datasets, order, pipeline, sources
+from unclip_jax.data import datasets, embeddings, order, pipeline, sources
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.program import Program
@@ -30,7 +32,17 @@ _SPLITS = {
 class Input:
     """The data of a run: batches by step, evaluation batches, and the fingerprint that a resume must match."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, networks: Mapping[str, str] | None = None):
+        """Opens the data of a run.
+
+        Args:
+          program: the run's.
+          networks: fingerprint of each frozen network, by name. They are held to the embeddings that
+            `config.data.embeddings` names; without them those are not opened, and training data cannot be read.
+
+        Raises:
+          InputError: data, vocabulary or embeddings are not there or not for this run.
+        """
         self._program, self._config = program, program.config
         data = self._config.data
         self._parts = _parts(data)
@@ -40,7 +52,7 @@ class Input:
             raise InputError(
                 f"config.data.cache=True leaves nothing for config.data.workers={data.workers} to do; unset one of them"
             )
-        fields = program.stage.batch_spec(1)
+        fields = program.stage.predict_specs(1)["loss"]
         reads_text = any(name.endswith("tokens") for name in fields)
         self.tokenizer = Tokenizer(data.vocabulary) if reads_text else None
         if self.tokenizer and self.tokenizer.vocab_size != program.stage.vocab_size:
@@ -53,6 +65,10 @@ class Input:
             "tokenizer": self.tokenizer.digest if self.tokenizer else "",
             "loader": _loader(),
         }
+        reads = networks is not None and data.get("embeddings")
+        self._embeddings = self._open_embeddings(networks or {}) if reads else []
+        if self._embeddings:
+            self.fingerprint["embeddings"] = [one.fingerprint for one in self._embeddings]
 
     def _mixture_fingerprint(self) -> dict[str, Any]:
         """Returns the fingerprints of all data sets of the mixture, in order, with their weights."""
@@ -61,6 +77,45 @@ class Input:
         except InputError as error:
             raise InputError(f"config.data.mixture: {error}") from error
         return {"mixture": [{**one, "weight": part.weight} for one, part in zip(prints, self._parts, strict=True)]}
+
+    def _open_embeddings(self, networks: Mapping[str, str]) -> list[embeddings.Stored]:
+        """Opens the embeddings of every data set that is trained on, in order, and holds them to data and CLIP."""
+        where = self._config.data.embeddings
+        fields = self._program.stage.batch_spec(1)
+        if not any(name in embeddings.FIELDS for name in fields):
+            raise InputError(
+                f"config.data.embeddings={where!r}, but this {self._config.stage} reads no embeddings; leave it empty"
+            )
+        sets = data_sets(self._config.data)
+        if len(sets) > 1 and where != "auto":
+            raise InputError(
+                f"config.data.embeddings={where!r} is one folder, config.data.mixture has {len(sets)} data sets; "
+                "'auto' reads those that lie beside each"
+            )
+        return [self._stored(one, where, networks["clip"], reads_z_t="z_t" in fields) for one in sets]
+
+    def _stored(self, one: "DataSet", where: str, clip: str, *, reads_z_t: bool) -> embeddings.Stored:
+        stage: Any = self._program.stage
+        flip, workdir = self._config.data.flip, self._config.frozen.clip
+        split, first, count = datasets.slice_of(one.directory, one.split)
+        root = beside(one.directory, clip) if where == "auto" else str(epath.Path(where).expanduser())
+        here: dict[str, Any] = {"data": datasets.fingerprint(one.directory, split), "clip": clip}
+        here |= {"network": json.loads(json.dumps(base.clip_fields(stage.clip)))}
+        here |= {"tokenizer": self.tokenizer.digest} if reads_z_t and self.tokenizer else {}
+        here |= {"mirrored": True} if flip else {}
+        command = f"python -m unclip_jax.embed --clip={workdir} --data={one.directory} --split={split}"
+        command += " --mirrored" * flip + f" --out={where}" * (where != "auto")
+        try:
+            stored = embeddings.Stored(os.path.join(root, split))
+        except InputError as error:
+            raise InputError(f"config.data.embeddings={where!r}: {error}; make them: {command}") from error
+        there = stored.job.as_json()
+        if wrong := embeddings.differences({key: there[key] for key in here}, here):
+            raise InputError(
+                f"the embeddings in {stored.folder} are not this run's: {embeddings.named(wrong)}; make them anew, in "
+                f"an empty folder: {command}"
+            )
+        return stored.sliced(first, count)
 
     def _source(self) -> sources.Source:
         """Opens what is trained on."""
@@ -75,6 +130,7 @@ class Input:
 
     def _batches(self, *, seed: int, start_step: int, batch_size: int, host: int, hosts: int, cache: bool):
         data = self._config.data
+        stored = self._embeddings
         return pipeline.training_batches(
             self._source(),
             spec=self._program.stage.batch_spec(batch_size),
@@ -89,6 +145,7 @@ class Input:
             crop=data.crop_fraction,
             flip=0.5 if data.flip else 0.0,
             degradation=data.degradation,
+            embeddings=embeddings.Joined(stored) if len(stored) > 1 else stored[0] if stored else None,
             max_bad_fraction=data.max_bad_percent / 100,
         )
 
@@ -214,8 +271,8 @@ def _loader() -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in answers)).hexdigest()[:16]
 
 
-class _Part(NamedTuple):
-    """A data set of the mixture."""
+class DataSet(NamedTuple):
+    """A data set that is trained on: what it is called, its folder, its split, and its weight in a mixture."""
 
     name: str
     directory: str
@@ -223,7 +280,24 @@ class _Part(NamedTuple):
     weight: float
 
 
-def _parts(data: ConfigDict) -> list[_Part]:
+def data_sets(data: ConfigDict) -> list[DataSet]:
+    """Returns what `config.data` trains on: the data sets of its mixture in order, or its one.
+
+    Raises:
+      InputError: one of them is not named as it must be; a built-in one that is missing is written.
+    """
+    alone = [DataSet(data.dataset, "", data.split, 1.0)]
+    return _parts(data) or [
+        one._replace(directory=_located(data.dataset, data.variant, data_dir=data.data_dir)) for one in alone
+    ]
+
+
+def beside(directory: str, clip: str) -> str:
+    """Returns where the embeddings lie that a CLIP of this fingerprint makes of the data set in a folder."""
+    return os.path.join(directory, "embeddings", clip)
+
+
+def _parts(data: ConfigDict) -> list[DataSet]:
     """Reads `config.data.mixture`, in which all that can be is checked before any data set is written."""
     entries = data.get("mixture", ())
     for entry in entries:
@@ -241,7 +315,7 @@ def _parts(data: ConfigDict) -> list[_Part]:
         folders = [_located(*entry[:2], data_dir=data.data_dir) for entry in entries]
     except InputError as error:
         raise InputError(f"config.data.mixture: {error}") from error
-    parts = [_Part(name, folder, *entry[2:]) for name, folder, entry in zip(names, folders, entries, strict=True)]
+    parts = [DataSet(name, folder, *entry[2:]) for name, folder, entry in zip(names, folders, entries, strict=True)]
     for number, part in enumerate(parts):
         for other in parts[:number]:
             if (part.directory, part.split) == (other.directory, other.split):

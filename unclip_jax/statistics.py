@@ -149,7 +149,7 @@ def _measured(
     stage: Any = program.stage
     batch_size = -(-batch_size // program.mesh.size) * program.mesh.size
     data = Input(program).evaluation().batches(
-        stage.batch_spec(batch_size), source="evaluation", limit=examples, batch_size=batch_size
+        stage.predict_specs(batch_size)["loss"], source="evaluation", limit=examples, batch_size=batch_size
     )
     compiled = jax.jit(stage.x_start_errors)
     progress = metrics.Progress("variance", start=0, total=examples, examples_per_step=1)

@@ -61,10 +61,10 @@ class Run:
         self.every["log"] = max(self.every["log"], 1)  # 2% of a short run is less than a step
         # Everything that can be wrong with the input is found before anything is written.
         self.frozen = load_frozen(self.program)
-        self.input = Input(self.program)
         # What the losses depend on beside the config and the data.
-        networks = {f"frozen.{name}": digests.fingerprint(tree) for name, tree in self.frozen.items()}
-        self.fingerprint = {**self.input.fingerprint, **networks}
+        networks = {name: digests.fingerprint(tree) for name, tree in self.frozen.items()}
+        self.input = Input(self.program, networks)
+        self.fingerprint = {**self.input.fingerprint, **{f"frozen.{name}": x for name, x in networks.items()}}
         hosts.check_same("input", self.fingerprint)
         self.evaluators = self._evaluators()
         changed = configs.claim_workdir(self.workdir, config, accept_changes=accept_changes)

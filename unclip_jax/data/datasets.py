@@ -138,6 +138,23 @@ def fingerprint(directory: str, split: str) -> dict[str, Any]:
     }
 
 
+def slice_of(directory: str, split: str) -> tuple[str, int, int]:
+    """Returns (name of the whole split, first example, number of examples) of a split or one slice of it.
+
+    Raises:
+      InputError: no such split, or several slices.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _builder(directory)
+    _check_split(builder, directory, split)
+    slices = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+    if len(slices) != 1:
+        raise InputError(f"split {split!r} is put together of {len(slices)} slices; embeddings are read of one")
+    (one,) = slices
+    return one.splitname, one.from_ or 0, builder.info.splits[split].num_examples
+
+
 def _builder(directory: str) -> Any:
     import tensorflow_datasets as tfds
 

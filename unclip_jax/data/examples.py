@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from unclip_jax.data import degradations, images, resize, sources
+from unclip_jax.data import degradations, embeddings, images, resize, sources
+from unclip_jax.data.embeddings import Embeddings
 from unclip_jax.data.sources import Source
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
@@ -22,7 +23,8 @@ from unclip_jax.errors import InputError, nearest
 _LOG = logging.getLogger(__name__)
 IMAGE_FIELDS = ("image", "clip_image", "low_res")
 TOKEN_FIELDS = ("tokens", "clip_tokens")
-FIELDS = (*IMAGE_FIELDS, *TOKEN_FIELDS, "id", "label")
+VECTOR_FIELDS = embeddings.FIELDS
+FIELDS = (*IMAGE_FIELDS, *TOKEN_FIELDS, *VECTOR_FIELDS, "id", "label")
 
 # A bad example is replaced by another; if that many in a row are bad, the data set is.
 _REPLACEMENTS = 64
@@ -100,10 +102,12 @@ class Bad:
 
 @dataclasses.dataclass(frozen=True)
 class _Chosen:
-    """An example of a batch: its index, its images as they go into the batch, its caption and label."""
+    """An example of a batch: its index, its images as they go into the batch, and whether they are mirrored, its
+    caption and label."""
 
     index: int
     images: Fields
+    mirrored: bool
     caption: str
     label: int
 
@@ -111,11 +115,23 @@ class _Chosen:
 class Examples:
     """Makes the fields of examples out of records."""
 
-    def __init__(self, source: Source, *, preparation: Preparation, tokenizer: Tokenizer | None):
+    def __init__(
+        self,
+        source: Source,
+        *,
+        preparation: Preparation,
+        tokenizer: Tokenizer | None,
+        embeddings: Embeddings | None = None,
+    ):
         if len(source) == 0:
             raise InputError("the data set is empty: there is no example to read")
         if tokenizer is None and any(field in preparation.shapes for field in TOKEN_FIELDS):
             raise InputError("the batch has tokens but no tokenizer was given")
+        if embeddings is None and any(field in preparation.shapes for field in VECTOR_FIELDS):
+            raise InputError("the batch has embeddings but none were given")
+        if embeddings is not None and len(embeddings) != len(source):
+            raise InputError(f"there are {len(embeddings)} embeddings of {len(source)} examples")
+        self.embeddings = embeddings
         self.source = source
         self.preparation = preparation
         self.tokenizer = tokenizer
@@ -162,6 +178,8 @@ class Examples:
         """Returns what does not change from epoch to epoch, or notes why there is nothing."""
         record = self.source[index]
         try:
+            if self.embeddings is not None and (problem := self.embeddings.problem(index)):
+                raise InputError(problem)
             label = {"label": only_class(record[self.preparation.label])} if "label" in self.preparation.shapes else {}
             return {**self._still_images(record), "caption": _text(record.get("caption", "")), **label}
         except InputError as error:
@@ -193,17 +211,24 @@ class Examples:
         """Applies what is drawn anew for each epoch: window, mirroring and noise."""
         todo = self.preparation
         made = {name: base[name] for name in IMAGE_FIELDS if name in base}
+        mirrored = False
         if todo.draws:
             rng = np.random.default_rng((todo.seed, epoch, index))
             if todo.crop < 1.0 and "image" in made:
                 made["image"] = resize.random_crop(
                     made["image"], fraction=todo.crop, size=todo.size("image"), method=todo.resize, rng=rng
                 )
-            if todo.flip > 0.0 and rng.random() < todo.flip:
+            mirrored = todo.flip > 0.0 and rng.random() < todo.flip
+            if mirrored:
                 made = {name: pixels[:, ::-1] for name, pixels in made.items()}
             if "low_res" in todo.shapes:
                 made["low_res"] = self._low_res(np.ascontiguousarray(made["image"]), rng)
-        return _Chosen(index, made, base.get("caption", ""), base.get("label", -1))
+        return _Chosen(index, made, mirrored, base.get("caption", ""), base.get("label", -1))
+
+    def _vectors(self, name: str, chosen: Sequence[_Chosen]) -> np.ndarray:
+        assert self.embeddings is not None
+        indices = np.array([one.index for one in chosen], np.int64)
+        return self.embeddings.rows(name, indices, np.array([one.mirrored for one in chosen], bool))
 
     def _collate(self, chosen: Sequence[_Chosen]) -> Fields:
         """Stacks examples into the fields of the batch, in the order of the spec."""
@@ -217,6 +242,8 @@ class Examples:
             elif name in TOKEN_FIELDS:
                 assert self.tokenizer is not None
                 fields[name] = self.tokenizer.encode(captions, shape[0])
+            elif name in VECTOR_FIELDS:
+                fields[name] = self._vectors(name, chosen)
             else:
                 fields[name] = _stack([one.images[name] for one in chosen], shape)
         return fields
@@ -225,8 +252,15 @@ class Examples:
 class CachedExamples(Examples):
     """Examples kept in memory as pixels and tokens: for data sets of a few thousand small images."""
 
-    def __init__(self, source: Source, *, preparation: Preparation, tokenizer: Tokenizer | None):
-        super().__init__(source, preparation=preparation, tokenizer=tokenizer)
+    def __init__(
+        self,
+        source: Source,
+        *,
+        preparation: Preparation,
+        tokenizer: Tokenizer | None,
+        embeddings: Embeddings | None = None,
+    ):
+        super().__init__(source, preparation=preparation, tokenizer=tokenizer, embeddings=embeddings)
         self._bad: dict[int, Bad] = {}
         self._kept = self._allocate()
         captions = [""] * len(source)
@@ -284,6 +318,8 @@ class CachedExamples(Examples):
         for name, shape in self.preparation.shapes.items():
             if name == "id":
                 fields[name] = rows.astype(np.uint32)
+            elif name in VECTOR_FIELDS:
+                fields[name] = self._vectors(name, chosen)
             elif name in IMAGE_FIELDS and self.preparation.draws:
                 fields[name] = _stack([one.images[name] for one in chosen], shape)
             else:

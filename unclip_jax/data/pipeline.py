@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from unclip_jax.data import order, sources
+from unclip_jax.data.embeddings import Embeddings
 from unclip_jax.data.examples import Bad, CachedExamples, Examples, Fields, Preparation
 from unclip_jax.data.sources import Source
 from unclip_jax.data.tokenizer import Tokenizer
@@ -103,6 +104,7 @@ def training_batches(
     crop: float = 1.0,
     flip: float = 0.0,
     degradation: str = "none",
+    embeddings: Embeddings | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Batches:
     """Returns an endless iterator over this host's batches, beginning with that of step `start_step`.
@@ -123,6 +125,7 @@ def training_batches(
       crop: side of the random window that `image` is, as a fraction of the whole image's.
       flip: probability of mirroring left and right.
       degradation: what `low_res` suffers, a key of `degradations.DEGRADATIONS`.
+      embeddings: of the source's examples, for `z_i` and `z_t`; None where the spec has neither.
       max_bad_fraction: fraction of the data set's examples that may be unusable. A bad example is named in the log and
         replaced by another one, which is a function of its index.
 
@@ -142,7 +145,7 @@ def training_batches(
         shapes=_shapes(spec), seed=seed, resize=resize, crop=crop, flip=flip, degradation=degradation
     )
     make = CachedExamples if cache == "memory" else Examples
-    examples = make(source, preparation=preparation, tokenizer=tokenizer)
+    examples = make(source, preparation=preparation, tokenizer=tokenizer, embeddings=embeddings)
     make_batch = _TrainingBatch(
         examples, seed=seed, size=local, first=host_index * local, stride=batch_size
     )
@@ -199,6 +202,27 @@ def evaluation_batches(
     return Batches(reading, examples=count, max_bad_fraction=max_bad_fraction)
 
 
+def chunks(
+    source: Source,
+    *,
+    spec: Spec,
+    tokenizer: Tokenizer | None,
+    starts: Sequence[int],
+    size: int,
+    workers: int = 0,
+    threads: int = 2,
+) -> Batches:
+    """Returns an iterator over examples [start, start + size) for each start, in the order of the source, unchanged.
+
+    Beyond the last example, and where one cannot be used, fields are 0 and `mask` False, as in `evaluation_batches`.
+    """
+    _local_size(spec, batch_size=size, host_index=0, host_count=1)
+    examples = Examples(source, preparation=Preparation(shapes=_shapes(spec), seed=0), tokenizer=tokenizer)
+    make = _EvaluationBatch(examples, count=len(examples), size=size, shuffle_seed=None)
+    reading = _read_ahead(grain.MapDataset.source(list(starts)).map(make), workers=workers, threads=threads)
+    return Batches(reading, examples=len(examples), max_bad_fraction=1.0)
+
+
 # Classes, not closures: they travel to worker processes.
 class _TrainingBatch:
     """Maps a step to this host's batch of it."""
@@ -252,7 +276,11 @@ def _local_size(spec: Spec, *, batch_size: int, host_index: int, host_count: int
     return batch_size // host_count
 
 
-_DTYPES = {"id": "uint32", "label": "int32", "tokens": "int32", "clip_tokens": "int32"}  # of the others: uint8
+# Of the others: uint8.
+_DTYPES = {
+    **{"id": "uint32", "label": "int32", "tokens": "int32", "clip_tokens": "int32"},
+    **{"z_i": "float32", "z_t": "float32"},
+}
 
 
 def _shapes(spec: Spec) -> dict[str, tuple[int, ...]]:

@@ -69,10 +69,13 @@ class Stage(Protocol):
     vocab_size: int
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one global batch."""
+        """Shapes and dtypes of one global batch of the training data."""
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """What each of `predict_fns` reads of a batch; what more it may read, its stage says."""
+        """What each of `predict_fns` reads of a batch; what more it may read, its stage says.
+
+        They run CLIP, also where the training data holds its embeddings: evaluation data does not.
+        """
 
     def init(self, rng: Key[Array, ""]) -> Params:
         """Weights, boxed with logical axis names."""
@@ -155,13 +158,21 @@ def clip_differences(there: Mapping[str, Any] | ConfigDict, here: Mapping[str, A
     `remat` may differ: it changes what training keeps in memory, and nothing that is computed.
     """
     apart = []
-    for field in dataclasses.fields(CLIP):
-        if field.name not in ("remat", "dtype", "parent", "name"):
-            default = None if field.default is dataclasses.MISSING else field.default
-            value, wanted = there.get(field.name, default), here.get(field.name, default)
-            if value != wanted:
-                apart.append(f"{field.name}={value!r} there, {wanted!r} here")
+    for field in _clip_fields():
+        default = None if field.default is dataclasses.MISSING else field.default
+        value, wanted = there.get(field.name, default), here.get(field.name, default)
+        if value != wanted:
+            apart.append(f"{field.name}={value!r} there, {wanted!r} here")
     return apart
+
+
+def clip_fields(clip: CLIP) -> dict[str, Any]:
+    """Returns the fields of a CLIP on which what it computes depends, defaults included."""
+    return {field.name: getattr(clip, field.name) for field in _clip_fields()}
+
+
+def _clip_fields() -> list[Any]:
+    return [field for field in dataclasses.fields(CLIP) if field.name not in ("remat", "dtype", "parent", "name")]
 
 
 def pixels(batch_size: int, side: int) -> jax.ShapeDtypeStruct:
@@ -200,6 +211,36 @@ def embed_tokens(clip: CLIP, params: Params, tokens: Tokens, *, unit: bool = Tru
     """Returns z_t: CLIP's embeddings of captions, float32, without gradient; of length 1, or as they are."""
     z_t: Any = clip.apply(params, tokens, method="encode_text")
     return jax.lax.stop_gradient(normalize(z_t) if unit else z_t.astype(jnp.float32))
+
+
+def precomputed(config: ConfigDict) -> bool:
+    """Whether the training data holds CLIP's embeddings, so that no CLIP runs on it (`config.data.embeddings`)."""
+    return bool(config.get("data", {}).get("embeddings"))
+
+
+def with_embeddings(
+    spec: dict[str, jax.ShapeDtypeStruct], width: int, *, texts: bool = True
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the spec of batches that hold CLIP's outputs, `width` numbers each, in place of what CLIP reads.
+
+    `z_i` stands in for `clip_image` and, with `texts`, `z_t` for `clip_tokens`; as CLIP's heads return them.
+    """
+    names = {"clip_image": "z_i", **({"clip_tokens": "z_t"} if texts else {})}
+    return {names.get(name, name): vectors(x.shape[0], width) if name in names else x for name, x in spec.items()}
+
+
+def image_embeddings(clip: CLIP, frozen: Any, batch: Batch, *, unit: bool = True) -> Embeddings:
+    """Returns z_i of a batch's images: out of its field `z_i`, or where it has none, by running CLIP on them."""
+    if "z_i" in batch:
+        return normalize(batch["z_i"]) if unit else batch["z_i"]
+    return embed_images(clip, frozen["clip"], batch["clip_image"], unit=unit)
+
+
+def text_embeddings(clip: CLIP, frozen: Any, batch: Batch, *, unit: bool = True) -> Embeddings:
+    """Returns z_t of a batch's captions: out of its field `z_t`, or where it has none, by running CLIP on them."""
+    if "z_t" in batch:
+        return normalize(batch["z_t"]) if unit else batch["z_t"]
+    return embed_tokens(clip, frozen["clip"], batch["clip_tokens"], unit=unit)
 
 
 def negative(clip: CLIP, params: Params, batch: Batch) -> tuple[Tokens, Embeddings] | None:

@@ -49,6 +49,7 @@ class DecoderStage:
         self.context_length = text.context_length if text else 0
         self.vocab_size = text.vocab_size if text else 0
         self.clip_reads = self.network.caption == "clip"
+        self.precomputed = base.precomputed(config)
         self.unit = config.get("embedding", {}).get("norm", "unit") == "unit"
         if self.embed_dim or self.clip_reads:
             self.clip = base.clip_network(config)
@@ -76,6 +77,10 @@ class DecoderStage:
         return {"tokens": base.token_ids(batch_size, self.context_length)} if self.context_length else {}
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = self._spec(batch_size)
+        return base.with_embeddings(spec, self.embed_dim) if self.precomputed else spec
+
+    def _spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         spec = {"image": base.pixels(batch_size, self.side), **self._conditions(batch_size), "id": base.ids(batch_size)}
         if self.embed_dim and self.condition == "image":
             spec["clip_image"] = base.pixels(batch_size, self.clip.image_size)
@@ -87,7 +92,7 @@ class DecoderStage:
         sample = {**self._conditions(batch_size), "id": base.ids(batch_size)}
         if self.embed_dim:
             sample["z_i"] = base.vectors(batch_size, self.embed_dim)
-        spec = self.batch_spec(batch_size)
+        spec = self._spec(batch_size)
         reconstruct = {name: spec[name] for name in spec if name != "image"}
         return {"loss": spec, "sample": sample, "reconstruct": reconstruct}
 
@@ -112,8 +117,8 @@ class DecoderStage:
         if not self.embed_dim:
             return None
         if self.condition == "text":
-            return base.embed_tokens(self.clip, frozen["clip"], batch["clip_tokens"], unit=self.unit)
-        return base.embed_images(self.clip, frozen["clip"], batch["clip_image"], unit=self.unit)
+            return base.text_embeddings(self.clip, frozen, batch, unit=self.unit)
+        return base.image_embeddings(self.clip, frozen, batch, unit=self.unit)
 
     def _caption(self, frozen: Any, tokens: Any, dropped: Bool[Array, "b"]) -> tuple[Any, Any, Any]:
         """Returns caption, `drop_text` and z_t that the network is to be given, to hide captions where `dropped`."""

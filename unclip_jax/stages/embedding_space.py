@@ -79,7 +79,7 @@ class EmbeddingSpace:
         if self.scaling != "whiten":
             return {}, {}
         moments = over_data(
-            lambda frozen, batch: (self.images(frozen["clip"], batch["clip_image"]),), lambda z_i: Moments.of(z_i)
+            lambda frozen, batch: (self.of_images(frozen, batch),), lambda z_i: Moments.of(z_i)
         )
         mean, variances = moments.mean, np.diag(moments.covariance)
         # A dimension that never varies is only shifted.
@@ -91,9 +91,13 @@ class EmbeddingSpace:
         """Returns z_i, unscaled, of uint8 images."""
         return base.embed_images(self.clip, params, pixels, unit=self.norm == "unit")
 
-    def texts(self, params: base.Params, tokens: Any) -> Embeddings:
-        """Returns z_t, unscaled."""
-        return base.embed_tokens(self.clip, params, tokens, unit=self.norm == "unit")
+    def of_images(self, frozen: Any, batch: base.Batch) -> Embeddings:
+        """Returns z_i, unscaled, of a batch's images, which CLIP may have embedded before."""
+        return base.image_embeddings(self.clip, frozen, batch, unit=self.norm == "unit")
+
+    def of_texts(self, frozen: Any, batch: base.Batch) -> Embeddings:
+        """Returns z_t, unscaled, of a batch's captions, which CLIP may have embedded before."""
+        return base.text_embeddings(self.clip, frozen, batch, unit=self.norm == "unit")
 
     def texts_and_states(self, params: base.Params, tokens: Any) -> tuple[Embeddings, Float[Array, "b n w"]]:
         """Returns z_t, unscaled, and the text tower's last hidden states, float32, without gradient."""

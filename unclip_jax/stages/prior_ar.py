@@ -36,8 +36,13 @@ class ARPriorStage:
         self.dot_top = config.dot_top
         self.context_length = config.model.context_length
         self.vocab_size = config.model.vocab_size
+        self.precomputed = base.precomputed(config)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = self._spec(batch_size)
+        return base.with_embeddings(spec, self.clip.embed_dim) if self.precomputed else spec
+
+    def _spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             "clip_image": base.pixels(batch_size, self.clip.image_size),
             "clip_tokens": base.token_ids(batch_size, self.clip.context_length),
@@ -46,7 +51,7 @@ class ARPriorStage:
         }
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        spec = self.batch_spec(batch_size)
+        spec = self._spec(batch_size)
         sample = {name: spec[name] for name in ("clip_tokens", "tokens", "id")}
         return {"loss": spec, "sample_z_i": sample, "z_i": {"clip_image": spec["clip_image"]}}
 
@@ -94,8 +99,7 @@ class ARPriorStage:
         return fitted, {"reconstruction_error": float(lost_sum / there_sum), **quantizer.describe(fitted)}
 
     def _embed(self, frozen, batch) -> tuple[Embeddings, Embeddings]:
-        z_i = base.embed_images(self.clip, frozen["clip"], batch["clip_image"])
-        return z_i, base.embed_tokens(self.clip, frozen["clip"], batch["clip_tokens"])
+        return base.image_embeddings(self.clip, frozen, batch), base.text_embeddings(self.clip, frozen, batch)
 
     def loss(self, params, frozen, batch, rng, *, train):
         z_i, z_t = self._embed(frozen, batch)

@@ -51,6 +51,7 @@ class DiffusionPriorStage:
         self.drop = config.drop
         self.space = EmbeddingSpace.of(config, self.clip)
         self.context_length = config.model.context_length
+        self.precomputed = base.precomputed(config)
         # Whether captions are read by the frozen CLIP, as in Karlo; else by the network itself.
         self.clip_reads = self.network.caption == "clip"
         self.vocab_size = self.clip.vocab_size if self.clip_reads else config.model.vocab_size
@@ -61,6 +62,11 @@ class DiffusionPriorStage:
             )
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = self._spec(batch_size)
+        # Of captions that CLIP reads more than z_t is wanted.
+        return base.with_embeddings(spec, self.clip.embed_dim, texts=not self.clip_reads) if self.precomputed else spec
+
+    def _spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         own = {} if self.clip_reads else {"tokens": base.token_ids(batch_size, self.context_length)}
         return {
             "clip_image": base.pixels(batch_size, self.clip.image_size),
@@ -70,7 +76,7 @@ class DiffusionPriorStage:
         }
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        spec = self.batch_spec(batch_size)
+        spec = self._spec(batch_size)
         sample = {name: spec[name] for name in spec if name != "clip_image"}
         z_i = {"clip_image": spec["clip_image"]}
         return {"loss": spec, "sample_z_i": sample, "sample_x_start": sample, "z_i": z_i}
@@ -96,7 +102,7 @@ class DiffusionPriorStage:
         """Returns what the network reads of a batch's captions."""
         if self.clip_reads:
             return self._read_by_clip(frozen, batch["clip_tokens"])
-        return Condition(batch["tokens"], self.space.texts(frozen["clip"], batch["clip_tokens"]))
+        return Condition(batch["tokens"], self.space.of_texts(frozen, batch))
 
     def null(self, frozen: Any, n: int) -> Condition | None:
         """Returns what hides n captions: CLIP's reading of empty ones; None for a network that has its own null."""
@@ -122,7 +128,7 @@ class DiffusionPriorStage:
         return Condition(EncodedCaption(states, valid_tokens(tokens, eot=self.clip.vocab_size - 1)), z_t)
 
     def _x_start(self, frozen, batch) -> Embeddings:
-        return self.space.enter(self.space.images(frozen["clip"], batch["clip_image"]), frozen["statistics"])
+        return self.space.enter(self.space.of_images(frozen, batch), frozen["statistics"])
 
     def _dropped(
         self, condition: Condition, null: Condition | None, dropped: Bool[Array, "b"]
