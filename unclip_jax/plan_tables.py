@@ -9,7 +9,7 @@ from unclip_jax.description import Description
 from unclip_jax.planning import HEADROOM_WANTED, Plan, short_path
 
 _UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-_TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+_TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
 def amount(value: float, unit: str = "") -> str:
@@ -22,7 +22,10 @@ def amount(value: float, unit: str = "") -> str:
 
 def gib(value: float) -> str:
     """Returns bytes as people count memory: 1.25 GiB."""
-    return f"{value / 2**30:.4g} GiB" if value >= 2**28 else f"{value / 2**20:.4g} MiB"
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size / 4:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g} B"
 
 
 def duration(seconds: float) -> str:
@@ -122,7 +125,9 @@ def _memory(plan: Plan) -> Table:
 
 
 def _buffers(buffers: Sequence[Mapping[str, object]]) -> Table:
-    table = Table("kind", "shape, on one device", "made by", title="largest buffers (not all at one time)")
+    table = Table("kind", title="largest buffers (not all at one time)")
+    table.add_column("shape, on one device", overflow="fold")
+    table.add_column("made by", overflow="fold")
     table.add_column("bytes", justify="right")
     for one in buffers:
         path = str(one["op_name"])
@@ -155,7 +160,8 @@ def _time(plan: Plan) -> Table:
 
 
 def _collectives(plan: Plan) -> Table:
-    table = Table("collective", "serves", title="exchanges of a step, of each device")
+    table = Table("collective", title="exchanges of a step, of each device")
+    table.add_column("serves", overflow="fold")
     for column in ("among", "times", "bytes", "sent"):
         table.add_column(column, justify="right")
     for kind, entry in sorted(plan.collectives.items(), key=lambda item: -item[1]["sent"]):
@@ -168,7 +174,10 @@ def _collectives(plan: Plan) -> Table:
 
 
 def _hot(plan: Plan) -> Table:
-    table = Table("instruction", "of", "bound by", title="where the time goes")
+    table = Table(title="where the time goes")
+    table.add_column("instruction", overflow="fold")
+    table.add_column("of", overflow="fold")
+    table.add_column("bound by")
     table.add_column("runs", justify="right")
     table.add_column("in a step", justify="right")
     for one in plan.roofline["hot"]:

@@ -7,7 +7,8 @@ The compiled program is walked in the order in which its instructions run. One i
 for within an instruction the compiler overlaps loading with computing, and between two it does not. An exchange between
 devices that the program waits for takes, besides,
 
-    bytes that a device sends / (ICI's rate x share of the links in use)   + bytes between slices / DCN's rate
+    max(bytes that a device sends / (ICI's rate x share of the links in use) + bytes between slices / DCN's rate,
+        bytes of HBM / HBM's rate)
 
 and one that it starts early and waits for later (…-start, …-done) is hidden by what runs between: the sum of all that
 is waited for is `exposed_seconds`. A group of devices that lie along one of three dimensions of a torus uses a third of
@@ -189,17 +190,20 @@ class _Walk:
         total = self.total
         total.compute_seconds += times * compute
         total.hbm_seconds += times * hbm
-        total.memory_bound_seconds += times * max(hbm - compute, 0.0)
+        total.memory_bound_seconds += times * max(hbm - compute, 0.0) * (not networks)
         total.ici_seconds += times * ici
         total.dcn_seconds += times * dcn
         total.flops += times * sum(product.flops for product in cost.products)
         total.hbm_bytes += times * cost.hbm_bytes
-        seconds = max(compute, hbm) + ici + dcn
+        exchange = ici + dcn
+        if exchange:  # what is sent is read while it is sent
+            exchange, hbm = max(exchange, hbm), 0.0
+        seconds = max(compute, hbm) + exchange
         if seconds and times:
             bound = max(((compute, "matrix unit"), (hbm, "HBM"), (ici, "ICI"), (dcn, "DCN")))[1]
             seen = self.hot.setdefault(key, Hot(0.0, 0, bound, one.op_name, one.name))
             seen.seconds, seen.times = seen.seconds + times * seconds, seen.times + times
-        return max(compute, hbm), ici + dcn
+        return max(compute, hbm), exchange
 
 
 def by_kind(exchanges: Sequence[tuple[Collective, int]]) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unclip_jax.compiled_program import Module, arrays, parse
+from unclip_jax.errors import InputError
 
 EFFORTS: dict[str, dict[str, Any]] = {
     # A U-Net that takes nine minutes and 10 GB of host memory at full effort takes one minute and 3 GB so, and its
@@ -85,6 +86,9 @@ def compile_lowered(
       effort: one of EFFORTS.
       options: compiler options besides.
       largest: how many buffers of each kind to name.
+
+    Raises:
+      InputError: there is no such option.
     """
     import jax
 
@@ -96,6 +100,8 @@ def compile_lowered(
             compiled = lowered.compile(compiler_options=wanted)
         except jax.errors.JaxRuntimeError as error:
             failure = str(error)
+            if "No such compile option" in failure:
+                raise InputError(f"--compiler_options: {failure.partition(': ')[2]}") from error
             if "RESOURCE_EXHAUSTED" not in failure:
                 raise
         seconds = time.perf_counter() - began
@@ -167,11 +173,13 @@ def read_buffers(assigned: str, module: Module | None) -> tuple[dict[str, int], 
     }
     sizes = {"argument": 0, "output": 0, "temporary": 0}
     slots: dict[tuple[str, str], Buffer] = {}
-    allocation, kind = "", ""
+    allocation, kind, argument = "", "", ""
     for line in assigned.splitlines():
         start = _ALLOCATION.match(line)
         if start:
             allocation, kind = start[1], _kind(start[4])
+            number = re.search(r"parameter (\d+)", start[4])
+            argument = _argument(module, int(number[1])) if number else ""
             if int(start[3] or 0):
                 kind = ""  # in memory of another kind
             if kind:
@@ -181,9 +189,16 @@ def read_buffers(assigned: str, module: Module | None) -> tuple[dict[str, int], 
         if value:
             name, _, size, offset, shape = value.groups()
             slot = (allocation, offset)
-            if slot not in slots or int(size) > slots[slot].bytes:
-                slots[slot] = Buffer(int(size), _plain(shape), names.get(name, name), kind)
+            # The table of a tuple's addresses is no buffer that anybody could do without.
+            if not shape.startswith("(") and (slot not in slots or int(size) > slots[slot].bytes):
+                slots[slot] = Buffer(int(size), _plain(shape), argument or names.get(name, name), kind)
     return sizes, sorted(slots.values(), key=lambda one: -one.bytes)
+
+
+def _argument(module: Module | None, number: int) -> str:
+    if module is None:
+        return f"argument {number}"
+    return module.computations[module.entry].parameter(number).op_name.replace("\\'", "'") or f"argument {number}"
 
 
 def _kind(attributes: str) -> str:
@@ -193,6 +208,6 @@ def _kind(attributes: str) -> str:
 
 
 def _plain(shape: str) -> str:
-    """A shape without layouts: bf16[64,1024]."""
-    described = [f"{one.dtype}[{','.join(map(str, one.dims))}]" for one in arrays(shape)]
-    return described[0] if len(described) == 1 else f"({', '.join(described)})"
+    """A shape without its layout: bf16[64,1024]."""
+    one = arrays(shape)[0]
+    return f"{one.dtype}[{','.join(map(str, one.dims))}]"
