@@ -105,7 +105,8 @@ def compile_lowered(
             if "RESOURCE_EXHAUSTED" not in failure:
                 raise
         seconds = time.perf_counter() - began
-        text = compiled.as_text() if compiled else _dumped(folder, "after_optimizations.txt")
+        # Not compiled.as_text(), which fails to read large programs back.
+        text = _dumped(folder, "after_optimizations.txt")
         module = parse(text) if text else None
         assigned = _dumped(folder, "after_optimizations-buffer-assignment.txt")
     sizes, buffers = read_buffers(assigned, module)
