@@ -99,7 +99,7 @@ def test_a_run_is_on_its_page_and_the_page_needs_nothing_else(tmp_path):
 def test_words_from_outside_are_escaped(tmp_path):
     folder = write_run(tmp_path / "a<b>&c", stage=NASTY)
     (folder / "failures").mkdir()
-    (folder / "failures" / "2.txt").write_text(f"hung in next(): {NASTY}\n" + "x" * 50_000)
+    (folder / "failures" / "2.txt").write_text("x" * 50_000 + f"\nhung in next(): {NASTY}\n")
     with (folder / "goodput.jsonl").open("a") as file:
         file.write("\n" + json.dumps(THREE[-1] | {"how": NASTY, "run": 4}) + "\n")
         changed = {"run": 4, "kind": "start", "changed": {"optim.<b>": ["'old'", NASTY]}, "device": NASTY}
@@ -111,7 +111,7 @@ def test_words_from_outside_are_escaped(tmp_path):
     assert NASTY not in text and "<b>&" not in text and "<script" not in text
     page = Page(text)
     for words in (
-        "a<b>&c", f"Stage {NASTY}", "host 2 failed", f"hung in next(): {NASTY}", f"start 4 failed: {NASTY}",
+        "a<b>&c", f"Stage {NASTY}", "what host 2 failed of …", f"hung in next(): {NASTY}", f"start 4 failed: {NASTY}",
         f"optim.<b> 'old' {NASTY}", f"4 × {NASTY}", f'"note": "{NASTY}"', "<b>&",
     ):  # fmt: skip
         assert words in page.text, words

@@ -218,8 +218,8 @@ def warnings(run: Run) -> list[dict[str, str]]:
     failures = run.workdir / "failures"
     for path in sorted(failures.glob("*.txt")) if failures.exists() else ():
         text = path.read_bytes().decode(errors="replace")
-        words = text if len(text) <= _MOST_WORDS else f"{text[:_MOST_WORDS]}\n…"
-        found.append((f"host {path.stem} failed", words))
+        words = text if len(text) <= _MOST_WORDS else f"…\n{text[-_MOST_WORDS:]}"  # the newest are at the end
+        found.append((f"what host {path.stem} failed of", words))
     for start in run.sums.starts if run.sums else ():
         if start.how not in (None, "done", "stopped"):
             found.append((f"start {start.number} failed: {start.how}", ""))
