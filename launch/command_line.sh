@@ -126,7 +126,7 @@ check_program() {
   done
 }
 
-# check_lasting: everything the program writes outlives the machine that writes it. $1 names what is read-only there.
+# check_lasting: everything the program writes outlives the machine that writes it.
 check_lasting() {
   local word
   for word in "${words[@]:1}"; do
@@ -136,22 +136,25 @@ check_lasting() {
   done
 }
 
-# check_region: the bucket lies where the accelerators are. Another region costs money for every byte, and time.
+# check_region: the buckets, --bucket and those that the program's options name, lie where the accelerators are. Another
+# region costs money for every byte, and time.
 check_region() {
-  local region=${option[zone]%-*} location
-  local ask=(gcloud storage buckets describe "${option[bucket]}" "--project=${option[project]}" "--format=value(location)")
-  [ -n "${option[bucket]}" ] || return 0
-  if [ -n "${option[dry-run]}" ]; then
-    note "the bucket must be in $region"
-    show "${ask[@]}"
-    return
-  fi
-  location=$("${ask[@]}") || fail "${option[bucket]} cannot be looked up; does it exist, and may you see it?"
-  location=${location,,}
-  if [ "$location" = "$region" ]; then return; fi
-  [ -z "${option[any-region]}" ] || { say "${option[bucket]} is in $location, the machines in $region"; return; }
-  fail "${option[bucket]} is in $location and the machines would be in $region: every byte between them is billed;" \
-    "take a bucket in $region, or give --any-region"
+  local region=${option[zone]%-*} location bucket ask
+  while read -r bucket; do
+    ask=(gcloud storage buckets describe "$bucket" "--project=${option[project]}" "--format=value(location)")
+    if [ -n "${option[dry-run]}" ]; then
+      note "this bucket must be in $region:"
+      show "${ask[@]}"
+      continue
+    fi
+    location=$("${ask[@]}") || fail "$bucket cannot be looked up; does it exist, and may you see it?"
+    location=${location,,}
+    if [ "$location" = "$region" ]; then continue; fi
+    [ -n "${option[any-region]}" ] \
+      || fail "$bucket is in $location and the machines would be in $region: every byte between them is billed;" \
+        "take a bucket in $region, or give --any-region"
+    say "note: $bucket is in $location, the machines in $region, and every byte between them is billed"
+  done < <(printf '%s\n' "${option[bucket]}" "${words[@]:1}" | grep -o 'gs://[a-z0-9][-a-z0-9_.]*' | sort -u)
 }
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -185,9 +188,6 @@ note() { printf '# %s\n' "$*"; }
 
 # run COMMAND…: runs it, or prints it where this is a dry run.
 run() { if [ -n "${option[dry-run]}" ]; then show "$@"; else "$@"; fi; }
-
-# The program's command line, of Python's own process.
-python_command() { command_line=("$1" -m "unclip_jax.${words[0]}" "${words[@]:1}"); }
 
 # pause_seconds N: how long to wait before the N-th start in a row that came to nothing; 10 s, doubled, at most 10 min.
 pause_seconds() {

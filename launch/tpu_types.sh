@@ -26,7 +26,8 @@ read_tpu_type() {
     v5e | v6e) tpu_chips=$number tpu_topology=$(flat_topology "$number") ;;
     *) tpu_chips=$((number / 2)) tpu_topology=$(cubic_topology $((number / 2))) ;;
   esac
-  if [ -z "$tpu_topology" ] || [ "$tpu_chips" -gt "$(largest_slice)" ] || [[ "$number" =~ [3579]$ ]]; then
+  if [ -z "$tpu_topology" ] || [ "$tpu_chips" -gt "$(largest_slice)" ] \
+    || [ "$tpu_chips" -lt "$(smallest_slice)" ] || [[ "$number" =~ [3579]$ ]]; then
     fail "there is no slice $1; the number counts $(what_counts), and common slices are $(common_types)"
   fi
   # Slices of more than 8 chips are made of hosts with 4; v5e-8 and v6e-8 are one host.
@@ -45,13 +46,15 @@ flat_topology() {
 
 cubic_topology() {
   case $1 in
-    4) echo 2x2x1 ;; 8) echo 2x2x2 ;; 16) echo 2x2x4 ;; 32) echo 2x4x4 ;; 64) echo 4x4x4 ;; 128) echo 4x4x8 ;;
-    256) echo 4x8x8 ;; 512) echo 8x8x8 ;; 1024) echo 8x8x16 ;; 2048) echo 8x16x16 ;; 4096) echo 16x16x16 ;;
+    1) echo 1x1x1 ;; 4) echo 2x2x1 ;; 8) echo 2x2x2 ;; 16) echo 2x2x4 ;; 32) echo 2x4x4 ;; 64) echo 4x4x4 ;;
+    128) echo 4x4x8 ;; 192) echo 4x4x12 ;; 256) echo 4x8x8 ;; 384) echo 4x8x12 ;; 512) echo 8x8x8 ;; 768) echo 8x8x12 ;;
+    1024) echo 8x8x16 ;; 1536) echo 8x12x16 ;; 2048) echo 8x16x16 ;; 3072) echo 12x16x16 ;; 4096) echo 16x16x16 ;;
     6144) echo 16x16x24 ;;
   esac
 }
 
-largest_slice() { case $tpu_family in v5e | v6e) echo 256 ;; v4) echo 2048 ;; v5p) echo 6144 ;; *) echo 4096 ;; esac; }
+largest_slice() { case $tpu_family in v5e | v6e) echo 256 ;; v5p) echo 6144 ;; *) echo 4096 ;; esac; }
+smallest_slice() { case $tpu_family in v4 | v5p) echo 4 ;; *) echo 1 ;; esac; }
 what_counts() { case $tpu_family in v5e | v6e) echo chips ;; *) echo "cores, two a chip" ;; esac; }
 common_types() {
   case $tpu_family in

@@ -9,6 +9,8 @@ import launch_fakes
 import pytest
 from launch_fakes import Machine, commands
 
+from unclip_jax import topologies
+
 SCRIPTS = ("tpu_vm", "queued_resource")
 TRAIN = ("train", "--config=configs/clip.py:paper", "--workdir=gs://my-bucket/runs/clip")
 
@@ -291,6 +293,30 @@ def test_slices_have_the_chips_and_hosts_that_cloud_tpu_lists(machine, name):
     assert found == [str(chips), str(per_host), topology, str(chips // per_host)]
     sides = [int(side) for side in topology.split("x")]
     assert chips == sides[0] * sides[1] * (sides[2] if len(sides) == 3 else 1)
+
+
+def test_what_can_be_planned_can_be_launched(machine):
+    """The slices that `plan` knows by name have the same chips in the same shape here."""
+    names = topologies.names()
+    loop = READ.replace("read_tpu_type $1", "for name; do read_tpu_type $name") + "; done"
+    done = machine.run("bash", "-c", loop, "-", *names)
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        chips, _, shape, _ = line.split()
+        planned = topologies.find(name)
+        assert (int(chips), shape) == (planned.chips, "x".join(map(str, planned.shape))), name
+
+
+def test_every_bucket_that_a_job_uses_must_be_in_its_region(machine):
+    machine.answer(
+        ("describe gs://my-bucket", [(0, "US-EAST5")]), ("describe gs://elsewhere", [(0, "EUROPE-WEST4")]),
+    )  # fmt: skip
+    frozen = "--config.frozen.clip=gs://elsewhere/runs/clip"
+    done = machine.run("launch/queued_resource.sh", *OPTIONS, *TRAIN, frozen)
+    assert done.returncode == 1 and "gs://elsewhere is in europe-west4" in done.stderr
+    assert machine.verbs("compute") == []
+    dry = machine.run("launch/queued_resource.sh", *OPTIONS, "--dry-run", *TRAIN, frozen)
+    assert "describe gs://elsewhere" in dry.stdout and "describe gs://my-bucket" in dry.stdout
 
 
 # --- what they refuse ------------------------------------------------------------------------------------------------
