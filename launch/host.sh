@@ -28,7 +28,8 @@ mount_bucket() {
   if ! command -v gcsfuse > /dev/null; then
     release=$(lsb_release --codename --short)
     curl --fail --silent --show-error "$source/doc/apt-key.gpg" | sudo tee "$keyring" > /dev/null
-    echo "deb [signed-by=$keyring] $source gcsfuse-$release main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+    echo "deb [signed-by=$keyring] $source gcsfuse-$release main" \
+      | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
     sudo apt-get -qq update
     sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -y install gcsfuse
   fi
@@ -68,7 +69,8 @@ start() {
     --property=KillMode=mixed --property=TimeoutStopSec=120 --property=After=network-online.target \
     --property=LimitMEMLOCK=infinity --property=LimitNOFILE=1048576 \
     --property="StandardOutput=append:$HOME/unclip_jax.log" --property="StandardError=append:$HOME/unclip_jax.log" \
-    --setenv=PYTHONUNBUFFERED=1 --setenv=UNCLIP_JOIN_SECONDS=900 --setenv="HOME=$HOME" --setenv="JAX_COORDINATOR_ADDRESS=$meeting" \
+    --setenv=PYTHONUNBUFFERED=1 --setenv=UNCLIP_JOIN_SECONDS=900 --setenv="HOME=$HOME" \
+    --setenv="JAX_COORDINATOR_ADDRESS=$meeting" \
     "$checkout/.venv/bin/python" -m "unclip_jax.$program" "$@"
 }
 

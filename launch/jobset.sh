@@ -37,6 +37,7 @@ kubectl=(kubectl)
 [ -z "${option[context]}" ] || kubectl+=("--context=${option[context]}")
 kubectl+=("--namespace=${option[namespace]}")
 jobset=${option[name]}
+set_question
 
 # A word as YAML reads it, whatever is in it.
 yaml() {
@@ -190,7 +191,8 @@ launch() {
   [ "$state" != unknown ] || fail "kubectl could not be asked about $jobset: see above"
   if [ "$state" != absent ]; then
     ours=$("${kubectl[@]}" get jobset "$jobset" '--output=jsonpath={.metadata.annotations.unclip-jax/job}')
-    [ "$ours" = "$job" ] || fail "there is another job of the name $jobset; delete it by --do=delete, or take another --name"
+    [ "$ours" = "$job" ] \
+      || fail "there is another job of the name $jobset; delete it by --do=delete, or take another --name"
   fi
   case $state in
     Completed) say "$jobset is done already"; exit "$EXIT_DONE" ;;

@@ -38,11 +38,16 @@ check_cluster_options() {
   fi
 }
 
+# What kubectl is asked for the state, once `kubectl` and `jobset` are set.
+set_question() {
+  ask_state=("${kubectl[@]}" get jobset "$jobset" --ignore-not-found
+    '--output=jsonpath={.metadata.name} {.status.terminalState}')
+}
+
 # Prints absent, running, Completed or Failed; unknown where kubectl has no answer.
 jobset_state() {
   local found
-  found=$("${kubectl[@]}" get jobset "$jobset" --ignore-not-found '--output=jsonpath={.metadata.name} {.status.terminalState}') \
-    || { echo unknown; return; }
+  found=$("${ask_state[@]}") || { echo unknown; return; }
   case $found in
     '') echo absent ;;
     *' Completed') echo Completed ;;
@@ -71,7 +76,7 @@ see_it_end() {
 show_the_end() {
   [ -n "${option[wait]}" ] || return 0
   note "every ${option[poll]} s until it is Completed or Failed:"
-  show "${kubectl[@]}" get jobset "$jobset" --ignore-not-found '--output=jsonpath={.metadata.name} {.status.terminalState}'
+  show "${ask_state[@]}"
 }
 
 show_status() {

@@ -22,7 +22,7 @@ define time "" "limit of one run, such as 24:00:00 (by default the partition's)"
 define partition "" "which partition"
 define account "" "which account is charged"
 define qos "" "which quality of service"
-define python .venv/bin/python "the Python that unclip_jax is installed in, with the extra cuda12 or cuda13"
+define python .venv/bin/python "where unclip_jax is installed, with the extra cuda12 or cuda13"
 define container "" "image in place of that Python, for clusters with pyxis; launch/image.sh makes one"
 define mounts "" "what the container sees, FROM:TO,FROM:TO; the workdir and the data must be among it"
 define logs runs/slurm "folder of the output"
@@ -66,8 +66,9 @@ submit() {
   for name in time partition account qos; do
     [ -z "${option[$name]}" ] || command_line+=("--$name=${option[$name]}")
   done
-  command_line+=(launch/slurm.sbatch "${option[restarts]}" "${option[retry-errors]}" "${option[gpus]}" "${option[python]}" "${option[container]}"
-    "${option[mounts]}" "${words[@]}")
+  command_line+=(launch/slurm.sbatch)
+  for name in restarts retry-errors gpus python container mounts; do command_line+=("${option[$name]}"); done
+  command_line+=("${words[@]}")
 }
 
 see_it_end() {
@@ -81,7 +82,7 @@ see_it_end() {
         COMPLETED) say "job $1 is done"; exit "$EXIT_DONE" ;;
         PENDING | RUNNING | CONFIGURING | COMPLETING | STAGE_OUT | SIGNALING | STOPPED | SUSPENDED) ;;
         RESIZING | REQUEUED | REQUEUE_* | SPECIAL_EXIT | PREEMPTED) ;;
-        *) say "error: job $1 ended as $state; its output is in ${option[logs]}/${option[name]}-$1.log"; exit "$EXIT_FAILED" ;;
+        *) fail "job $1 ended as $state; its output is in ${option[logs]}/${option[name]}-$1.log" ;;
       esac
     else
       asked=$((asked + 1))

@@ -109,7 +109,8 @@ end_stage() {
     say "$(date '+%F %T') $stage is done"
   else
     state[$stage]=failed
-    if [ "$status" != "$EXIT_REQUEUE" ] || [ "$worst" = "$EXIT_FAILED" ]; then worst=$EXIT_FAILED; else worst=$EXIT_REQUEUE; fi
+    if [ "$worst" != "$EXIT_FAILED" ]; then worst=$EXIT_REQUEUE; fi
+    if [ "$status" != "$EXIT_REQUEUE" ]; then worst=$EXIT_FAILED; fi
     say "$(date '+%F %T') $stage ended with exit code $status: $(tail -n 1 "$records/$stage.log")"
   fi
 }

@@ -26,7 +26,7 @@ define_tpu_options() {
   define restarts 100 "how often the job may be started again"
   define_flag retry-errors "start again after exit code 1 as well, as after a crash: once a run has shown that it can"
   define poll 60 "seconds between two looks"
-  define "do" run "run, status, logs, stop (SIGTERM: the job saves) or delete"
+  define "do" run "run, status, logs, stop (the job saves; end its launcher first, or that starts it again) or delete"
 }
 
 check_tpu_options() {
@@ -79,14 +79,14 @@ unclip_jax-$commit/launch/host.sh install${option[bucket]:+ --bucket=${option[bu
 
 start_job() { on_hosts "bash unclip_jax-$commit/launch/host.sh start $job $(quote_all "${words[@]}")"; }
 
-# shellcheck disable=SC2016  # it is for the host's shell
-# Each host's line: what systemd knows of the service, in one line that nothing else prints.
-LOOK='echo unclip_jax $(hostname) $(systemctl show unclip_jax --property=Description,LoadState,ActiveState,SubState,ExecMainCode,ExecMainStatus)'
-# shellcheck disable=SC2016
-LAST_LINES='if [ "$(systemctl show unclip_jax --property=ExecMainStatus --value)" = 1 ]; then tail -n 40 unclip_jax.log; fi'
+# What systemd knows of the service, in one line for each host that nothing else prints.
+LOOK="echo unclip_jax \$(hostname) \$(systemctl show unclip_jax \
+--property=Description,LoadState,ActiveState,SubState,ExecMainCode,ExecMainStatus)"
+LAST_LINES="if [ \"\$(systemctl show unclip_jax --property=ExecMainStatus --value)\" = 1 ]; then \
+tail -n 40 unclip_jax.log; fi"
 
-# Counts hosts by what the job is there: running, finished, failed (exit code 1), stopped (42), crashed, none (not started,
-# or the host was started anew); foreign is another job that runs. False where a host could not be asked.
+# Counts hosts by what the job is there: running, finished, failed (exit code 1), stopped (42), crashed, none (not
+# started, or the host was started anew); foreign is another job that runs. False where a host could not be asked.
 look() {
   local lines line word kind active sub code status description
   running=0 finished=0 failed=0 stopped=0 crashed=0 none=0 foreign=0
@@ -117,7 +117,9 @@ look() {
 }
 
 tell() { say "$(date '+%H:%M:%S') ${option[name]}: $*"; }
-counts() { printf '%s' "hosts: $running running, $finished done, $failed failed, $stopped stopped, $crashed crashed, $none idle"; }
+counts() {
+  printf '%s' "hosts: $running running, $finished done, $failed failed, $stopped stopped, $crashed crashed, $none idle"
+}
 
 # Watches until the job runs nowhere. Hosts wait for each other: one that ended while others go on is given a few looks,
 # then the others are asked to stop. False where the machines went away meanwhile.
@@ -135,8 +137,9 @@ watch_job() {
     else
       [ "$(state_of)" = ready ] || return 1
       unreachable=$((unreachable + 1))
-      [ "$unreachable" -lt 10 ] || fail "the hosts of ${option[name]} are there and could not be reached 10 times in a row;" \
-        "the job may go on; the last answer was: $trouble"
+      [ "$unreachable" -lt 10 ] \
+        || fail "the hosts of ${option[name]} are there and could not be reached 10 times in a row; the job may go on;" \
+          "the last answer was: $trouble"
     fi
     nap "${option[poll]}"
   done
@@ -167,13 +170,27 @@ finish() {
   exit "$1"
 }
 
-# again WHY [quick]: counts a start that is to be repeated, and waits; longer where several in a row came to nothing.
+# again WHY: counts a start that is to be repeated, and waits; longer where several in a row came to nothing.
 again() {
   starts=$((starts + 1))
-  [ "$starts" -le "${option[restarts]}" ] || { say "error: $1, and --restarts=${option[restarts]} are used up"; finish "$EXIT_REQUEUE"; }
+  if [ "$starts" -gt "${option[restarts]}" ]; then
+    say "error: $1, and --restarts=${option[restarts]} are used up"
+    finish "$EXIT_REQUEUE"
+  fi
   if [ $((SECONDS - began)) -ge 600 ]; then fruitless=0; else fruitless=$((fruitless + 1)); fi
   tell "$1; start $starts of ${option[restarts]} follows in $(pause_seconds $fruitless) s"
   nap "$(pause_seconds $fruitless)"
+}
+
+# Asks for the TPU; a refusal ends this, unless it was granted before. One that was there and is not was deleted by
+# somebody, who will have had a reason.
+make_tpu() {
+  [ -z "$there" ] || fail "${option[name]} was deleted by somebody else; the same command makes it again"
+  began=$SECONDS prepared=''
+  tell "asking for $tpu_accelerator_type"
+  if create; then return; fi
+  [ "$starts" != 0 ] || fail "${option[name]} could not be created"
+  again "it could not be created"
 }
 
 # Sees to the job on machines that are ready. Comes back where it is to be started again, or the machines went away.
@@ -203,26 +220,39 @@ run_job() {
       say "error: ${words[0]} failed on $failed hosts of ${option[name]}; its last lines are above"
       finish "$EXIT_FAILED"
     fi
-    if [ $((failed + crashed)) != 0 ]; then crashes=$((crashes + 1)); else crashes=0; fi
-    [ $crashes -lt 5 ] || { say "error: ${words[0]} failed or crashed 5 times in a row on machines that were well"; finish "$EXIT_FAILED"; }
+    if [ $((failed + crashed)) = 0 ] || [ $((SECONDS - began)) -ge 600 ]; then crashes=0; fi
+    if [ $((failed + crashed)) != 0 ]; then crashes=$((crashes + 1)); fi
+    if [ $crashes = 5 ]; then
+      say "error: ${words[0]} failed or crashed 5 times in a row on machines that were well"
+      finish "$EXIT_FAILED"
+    fi
     again "$(counts)"
   done
 }
 
+leave_it() {
+  say "left as it is: the same command goes on, --do=stop stops the job, --do=delete deletes the TPU"
+  exit "$EXIT_REQUEUE"
+}
+
 run_everything() {
-  prepared='' starts=0 fruitless=0 began=$SECONDS unknown=0
+  prepared='' starts=0 fruitless=0 began=$SECONDS unknown=0 there=''
   if [ -n "${option[dry-run]}" ]; then show_everything; return; fi
   check_region
-  trap 'say "left as it is: the same command goes on, --do=stop stops the job, --do=delete deletes the TPU"; exit "$EXIT_REQUEUE"' INT TERM
+  trap leave_it INT TERM
   while :; do
     state=$(state_of)
     if [ "$state" = unknown ]; then unknown=$((unknown + 1)); else unknown=0; fi
     case $state in
-      absent) began=$SECONDS; prepared=''; tell "asking for $tpu_accelerator_type"; create || fail "it could not be created" ;;
-      unknown) [ $unknown -lt 10 ] || fail "Cloud TPU could not be asked about ${option[name]} 10 times in a row"; nap "${option[poll]}" ;;
-      waiting | leaving) nap "${option[poll]}" ;;
-      ready) run_job; if [ "$(state_of)" = ready ]; then again "the hosts could not be set up"; fi ;;
-      lost) prepared=''; delete || true; again "the TPU is gone" ;;
+      absent) make_tpu ;;
+      unknown)
+        [ $unknown -lt 10 ] || fail "Cloud TPU could not be asked about ${option[name]} 10 times in a row"
+        nap "${option[poll]}"
+        ;;
+      leaving) nap "${option[poll]}" ;;
+      waiting) there=1; nap "${option[poll]}" ;;
+      ready) there=1; run_job; if [ "$(state_of)" = ready ]; then again "the hosts could not be set up"; fi ;;
+      lost) there=''; delete || true; again "the TPU is gone" ;;
       *) fail "${option[name]} is $state; start it (gcloud compute tpus tpu-vm start) or delete it (--do=delete)" ;;
     esac
   done
@@ -237,7 +267,7 @@ show_everything() {
   [ "${#ask_slices[@]}" = 0 ] || show "${ask_slices[@]}"
   prepare_hosts
   start_job
-  note "every ${option[poll]} s until it ended on all $tpu_hosts hosts; started again after exit code $EXIT_REQUEUE or a lost TPU:"
+  note "every ${option[poll]} s until it ended on all hosts; started again after exit code $EXIT_REQUEUE or a lost TPU:"
   on_hosts "$LOOK"
   note "at the end, unless --keep:"
   if [ -z "${option[keep]}" ]; then delete; fi

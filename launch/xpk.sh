@@ -34,6 +34,7 @@ need_tools xpk gcloud kubectl
 where=("--project=${option[project]}" "--zone=${option[zone]}" "--cluster=${option[cluster]}")
 kubectl=(kubectl --namespace=default)
 jobset=${option[name]}
+set_question
 
 # XPK's clusters are of a region; with its credentials kubectl can be asked.
 get_credentials() {

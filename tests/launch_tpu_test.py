@@ -202,6 +202,25 @@ def test_one_slice_of_several_that_is_lost_is_the_loss_of_all(machine):
     assert machine.verbs(*STEPS) == [*once, "delete", "create", *once, "delete"]
 
 
+def test_a_tpu_that_somebody_deleted_is_not_made_again(machine):
+    looks = [hosts("empty", "empty", job=JOB), (255, "ssh: no such node")]
+    done = follow(machine, [(0, "ACTIVE"), (0, "DELETING"), (0, "DELETING"), (0, "DELETING"), ABSENT], looks)
+    assert done.returncode == 1 and "deleted by somebody else" in done.stderr
+    assert machine.verbs("create", "delete") == []
+
+
+def test_a_refusal_ends_it_unless_the_tpu_was_granted_before(machine):
+    machine.answer(BUCKET, ("describe", [ABSENT]), ("create", [(1, "ERROR: quota exceeded")]))
+    done = machine.run("launch/queued_resource.sh", *OPTIONS, *TRAIN)
+    assert done.returncode == 1 and "quota exceeded" in done.stderr and machine.verbs("create") == ["create"]
+    machine.answer(
+        BUCKET, ("describe", [(0, "SUSPENDED"), ABSENT, ABSENT, (0, "ACTIVE")]),
+        ("create", [(1, "try later"), (0, "")]), ("systemctl show", [hosts("done", "done", job=JOB)]),
+    )  # fmt: skip
+    assert machine.run("launch/queued_resource.sh", *OPTIONS, *TRAIN).returncode == 0
+    assert machine.verbs("create", "delete") == ["create", "delete", "create", "create", "delete"]
+
+
 def test_a_launcher_that_comes_back_joins_the_job_that_runs(machine):
     looks = [hosts("running", "running", job=JOB), hosts("done", "done", job=JOB)]
     done = follow(machine, [(0, "ACTIVE")], looks)
