@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predictor", "quickstart_report", "run_curves", "jobs"),
     ("unclip", "training_jobs", "run_report"),
     ("program", "fitting", "report"),
-    ("inputs", "traced_run"),  # inputs: what a program reads; traced_run: a run traced, for the planner
+    # inputs: what a program reads; traced_run: a run traced, for the planner; plans: what it says
+    ("inputs", "traced_run", "plans"),
     ("train", "planning"),
     ("plan_search", "plan_tables"),
     ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),

@@ -9,7 +9,8 @@ from benchmarks import pod_plans
 from rich.console import Console
 
 from unclip_jax import plan_tables
-from unclip_jax.planning import Plan, short_path
+from unclip_jax.planning import short_path
+from unclip_jax.plans import Plan
 
 PLAN = Plan(
     stage="decoder",

@@ -77,7 +77,10 @@ def test_a_batch_that_outgrows_the_chip_is_an_answer_with_what_would_mend_it():
 
 def test_gpus_are_planned_without_a_compiler_and_it_is_said():
     made = planning.plan(config(mesh__data=1, mesh__fsdp=8), topologies.find("h100-8"))
-    assert not made.compiled and set(made.memory) == {"arguments"}
+    assert not made.compiled and set(made.memory) == {"arguments"} and made.fits is None
+    weights = description.describe(config()).parameters
+    assert made.collectives["reduce-scatter"] == {"count": 1, "bytes": 4 * weights, "sent": 4 * weights * 7 / 8}
+    assert made.collectives["all-gather"]["bytes"] == 2 * 2 * weights and made.roofline["dcn_seconds"] == 0
     assert any("no compiler for GPUs" in said for said in made.warnings)
     chip = topologies.CHIPS["h100"]
     assert made.step_seconds_estimate >= made.executed_flops / (8 * chip.bf16_flops)

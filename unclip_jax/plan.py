@@ -87,7 +87,7 @@ def _search(config, console) -> None:
         topology,
         limit=_LIMIT.value,
         options=_compiler_options(),
-        progress=lambda line: status.print(line, markup=False, highlight=False),
+        progress=lambda line: status.print(line, markup=False, highlight=False, soft_wrap=True),
         **_wanted(),
     )
     if _JSON.value:

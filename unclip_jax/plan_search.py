@@ -21,7 +21,7 @@ from unclip_jax import config as configs
 from unclip_jax import planning, traced_run
 from unclip_jax.errors import InputError
 from unclip_jax.models.layers import REMAT
-from unclip_jax.planning import HEADROOM_WANTED, Plan
+from unclip_jax.plans import HEADROOM_WANTED, Plan
 from unclip_jax.stages import base
 from unclip_jax.topologies import Topology
 

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from unclip_jax.description import Description
-from unclip_jax.planning import HEADROOM_WANTED, Plan, short_path
+from unclip_jax.planning import short_path
+from unclip_jax.plans import HEADROOM_WANTED, Plan
 
 _UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
@@ -119,7 +120,7 @@ def _memory(plan: Plan) -> Table:
         yield "a program may use", gib(plan.hbm_per_chip)
         wanted = "" if plan.fits_with_headroom else f" ({HEADROOM_WANTED:.0%} is wanted)"
         yield "left", f"{plan.headroom:.1%}{wanted}"
-        yield "fits", "yes" if plan.fits else "NO"
+        yield "fits", "not known" if plan.fits is None else "yes" if plan.fits else "NO"
 
     return _pairs("bytes of a chip", rows())
 
@@ -192,7 +193,8 @@ def ranking(found: Sequence[tuple[str, Plan | None, str]]) -> Table:
     Args:
       found: settings as options of the command line, their plan, and a word on those that were not compiled.
     """
-    table = Table("options", title="the fastest first, of those that fit")
+    table = Table(title="the fastest first, of those that fit")
+    table.add_column("options", overflow="fold")
     for column in ("a chip", "left", "step", "MFU", "all-to-alls"):
         table.add_column(column, justify="right")
     for settings, plan, word in found:

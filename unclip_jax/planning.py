@@ -8,7 +8,6 @@ A plan is JSON and nothing else, so that a script can keep it. `docs/pods.md` sa
 
 import concurrent.futures
 import dataclasses
-import math
 import multiprocessing
 import re
 import resource
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from unclip_jax import (
@@ -32,80 +32,11 @@ from unclip_jax import config as configs
 from unclip_jax.compiled_program import Module
 from unclip_jax.errors import InputError
 from unclip_jax.instruction_costs import Collective
+from unclip_jax.plans import HEADROOM_WANTED, Plan
 from unclip_jax.roofline import Roofline
-from unclip_jax.topologies import Topology
+from unclip_jax.topologies import GPUS_PER_HOST, Topology
 from unclip_jax.tpu_compiler import Compilation
 from unclip_jax.traced_run import Traced
-
-# Of a chip's HBM, what a plan should leave: compilers and libraries change, and quick effort is a tenth off.
-HEADROOM_WANTED = 0.1
-
-
-@dataclasses.dataclass
-class Plan:
-    """One program of one config on one topology. Bytes, seconds and FLOPs are of one step.
-
-    Attributes:
-      stage, program, topology: what was planned; `program` is "train" or the name of a predict function.
-      chips, chip, mesh: the hardware, and how it is laid out.
-      batch_size, batch_per_chip, accumulation, remat: of the run.
-      compiled, effort: whether a compiler was asked, and how hard it tried.
-      fits: whether the program loads; `headroom` is the share of HBM that it leaves, negative where it does not fit.
-      fits_with_headroom: whether it leaves HEADROOM_WANTED.
-      bytes_per_chip, hbm_per_chip: needed, and what a program may use.
-      memory: argument, temporary, output (not in place of arguments) and code bytes of a chip.
-      largest_buffers: bytes, shape on one device, JAX's path and kind of the largest.
-      model_flops: of the trained network, forward and backward, without what is recomputed or frozen.
-      executed_flops: of the step, counted from its jaxpr, with both.
-      compiled_flops: of all chips, counted from the compiled text; more than executed where chips repeat each other.
-      mxu_padding: the share of a matrix unit's work that padding wastes, counted from the jaxpr.
-      collectives: kind -> count, bytes, sent; exchanged: the largest, with what they serve.
-      roofline: see `roofline.Roofline`; empty where it is unknown.
-      step_seconds_estimate, examples_per_second, mfu_estimate, days: at the assumed rates; None where unknown.
-      assumptions: those rates, in words. warnings, advice: sentences.
-      compile_seconds, trace_seconds, host_peak_bytes: what the plan took.
-    """
-
-    stage: str
-    program: str
-    topology: str
-    chips: int
-    chip: str
-    mesh: dict[str, int]
-    batch_size: int
-    batch_per_chip: float
-    accumulation: int
-    remat: dict[str, Any]
-    compiled: bool
-    effort: str
-    fits: bool
-    headroom: float
-    fits_with_headroom: bool
-    bytes_per_chip: int
-    hbm_per_chip: int
-    memory: dict[str, int]
-    model_flops: float
-    executed_flops: float
-    mxu_padding: float
-    assumptions: list[str]
-    trace_seconds: float
-    compile_seconds: float = 0.0
-    host_peak_bytes: int = 0
-    compiled_flops: float | None = None
-    largest_buffers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    exchanged: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    roofline: dict[str, Any] = dataclasses.field(default_factory=dict)
-    step_seconds_estimate: float | None = None
-    examples_per_second: float | None = None
-    mfu_estimate: float | None = None
-    days: float | None = None
-    warnings: list[str] = dataclasses.field(default_factory=list)
-    advice: list[str] = dataclasses.field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns numbers, strings, lists and dictionaries alone, for JSON."""
-        return dataclasses.asdict(self)
 
 
 def plan(
@@ -188,8 +119,8 @@ def _with_compiler(traced: Traced, effort: str, options: Mapping[str, Any] | Non
         hbm=found.available * each or topology.chip.hbm_bytes,
         compiled=True,
     )
-    made.fits = made.fits and found.fits
-    made.fits_with_headroom = made.fits_with_headroom and found.fits
+    made.fits = bool(made.fits) and found.fits
+    made.fits_with_headroom = bool(made.fits_with_headroom) and found.fits
     made.compile_seconds = found.seconds
     made.trace_seconds += lowering
     made.largest_buffers = [dataclasses.asdict(one) for one in found.buffers]
@@ -200,36 +131,45 @@ def _with_compiler(traced: Traced, effort: str, options: Mapping[str, Any] | Non
 
 
 def _without_compiler(traced: Traced) -> Plan:
-    """What can be said of GPUs: bytes of the arguments, and a floor of the step's time by arithmetic."""
-    topology, chips = traced.topology, traced.topology.chips
-    chip = topology.chip
+    """What can be said of GPUs: bytes of the arguments, and the time of products, weights and gradients."""
+    topology, chip, mesh = traced.topology, traced.topology.chip, traced.mesh
     made = _plan(traced, effort="none", memory={"arguments": traced.argument_bytes}, hbm=chip.hbm_bytes, compiled=False)
-    compute = traced.padded_flops / (chip.bf16_flops * chips)
+    if made.fits:  # temporaries come on top
+        made.fits = made.fits_with_headroom = None
+    compute = traced.padded_flops / (chip.bf16_flops * topology.chips)
     hbm = 2 * traced.argument_bytes / chip.hbm_rate
-    weights = traced.parameters
-    shards, replicas = traced.mesh.shape["fsdp"], math.prod(traced.mesh.shape.values())
-    # Sharded weights are gathered in bfloat16, forward and backward, and gradients summed in float32.
-    trains = traced.name == "train"
-    sent = (2 * 2 + 4 if trains else 2) * weights * (shards - 1) / shards
-    if trains and replicas > shards:
-        sent += 2 * 4 * weights / shards * (1 - shards / replicas)
-    network = sent / (chip.dcn_rate if topology.slices > 1 else chip.ici_rate)
+    numbers = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    shards, replicas = tuple(numbers[0, 0, :, 0].tolist()), tuple(numbers[:, :, 0, 0].reshape(-1).tolist())
+    where = [roofline.Place(number // GPUS_PER_HOST, (number % GPUS_PER_HOST,)) for number in range(mesh.size)]
+    # Weights are gathered in bfloat16, forward and backward, and gradients are summed in float32.
+    size, trains = traced.parameters, traced.name == "train"
+    moved = [("all-gather", 2 * size, shards)] * (2 if trains else 1)
+    if trains:
+        moved += [("reduce-scatter", 4 * size, shards), ("all-reduce", 4 * size // len(shards), replicas)]
+    exchanges = [
+        Collective(kind, count, count * instruction_costs.rounds(kind, len(group)), group, "", "")
+        for kind, count, group in moved
+        if len(group) > 1
+    ]
+    times = [roofline.exchange_seconds(one, topology, where) for one in exchanges]
+    ici, dcn = sum(inside for inside, _ in times), sum(between for _, between in times)
     estimate = Roofline(
         compute_seconds=compute,
         hbm_seconds=hbm,
         memory_bound_seconds=max(hbm - compute, 0.0),
-        ici_seconds=0.0 if topology.slices > 1 else network,
-        dcn_seconds=network if topology.slices > 1 else 0.0,
-        exposed_seconds=network,
-        step_seconds=max(compute, hbm) + network,
-        overlapped_seconds=max(compute, hbm, network),
-        flops=traced.executed_flops / chips,
+        ici_seconds=ici,
+        dcn_seconds=dcn,
+        exposed_seconds=ici + dcn,
+        step_seconds=max(compute, hbm) + ici + dcn,
+        overlapped_seconds=max(compute, hbm, ici, dcn),
+        flops=traced.executed_flops / topology.chips,
         hbm_bytes=2.0 * traced.argument_bytes,
     )
+    made.collectives = roofline.by_kind([(one, 1) for one in exchanges])
     _add_time(made, traced, estimate)
     made.warnings.append(
-        "there is no compiler for GPUs here: arguments are exact, temporaries are not known, and the time is a floor "
-        "(products at the peak, the arguments read and written once, weights and gradients exchanged once)"
+        "there is no compiler for GPUs here: arguments are exact, temporaries are not known, and the time is that of "
+        "products at the peak, of arguments read and written once, and of weights and gradients exchanged, not hidden"
     )
     return made
 
@@ -334,8 +274,8 @@ def _warnings(made: Plan, module: Module) -> list[str]:
         )
     if made.compiled_flops and made.compiled_flops > 1.05 * made.executed_flops:
         said.append(
-            f"chips repeat each other's work: the compiled program has {made.compiled_flops / made.executed_flops:.3g} "
-            "times the operations of the traced one"
+            f"the compiled program has {made.compiled_flops / made.executed_flops:.3g} times the operations of the "
+            "traced one: chips repeat each other's work, or the compiler fills channels up"
         )
     loops = [
         one.name
