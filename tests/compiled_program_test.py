@@ -148,6 +148,59 @@ def test_a_program_that_is_too_large_is_an_answer_and_names_its_largest_buffer()
     assert largest.bytes >= 2 * rows * 2048 and "expansion" in largest.op_name and largest.shape == "bf16[4000000,2048]"
 
 
+# As the TPU's compiler writes an all-gather that goes on while a product is computed, shortened.
+CHAIN = """HloModule chain, is_scheduled=true, num_partitions=8
+
+%start (p: bf16[128,512]) -> (bf16[128,512], bf16[1024,512]) {
+  %p = bf16[128,512]{1,0} parameter(0)
+  %g = bf16[1024,512]{1,0} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="3"}
+  ROOT %c = (bf16[128,512]{1,0}, bf16[1024,512]{1,0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%middle (a: bf16[128,512], b: bf16[1024,512], x: bf16[4096,256], w: bf16[256,256]) -> (bf16[4096,256], bf16[1024,512]) {
+  %a = bf16[128,512]{1,0} parameter(0)
+  %b = bf16[1024,512]{1,0} parameter(1)
+  %x = bf16[4096,256]{1,0} parameter(2)
+  %w = bf16[256,256]{1,0} parameter(3)
+  %h = bf16[1024,512]{1,0} all-gather(%a), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="3"}
+  %d = bf16[4096,256]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %t = (bf16[4096,256]{1,0}, bf16[1024,512]{1,0}) tuple(%d, %b)
+}
+
+%done (a: bf16[128,512], b: bf16[1024,512]) -> bf16[1024,512] {
+  %a = bf16[128,512]{1,0} parameter(0)
+  %b = bf16[1024,512]{1,0} parameter(1)
+  %i = bf16[1024,512]{1,0} all-gather(%a), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="3"}
+  ROOT %e = bf16[1024,512]{1,0} custom-call(%a, %b, %i), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: bf16[128,512], x: bf16[4096,256], w: bf16[256,256]) -> bf16[1024,512] {
+  %p = bf16[128,512]{1,0} parameter(0)
+  %x = bf16[4096,256]{1,0} parameter(1)
+  %w = bf16[256,256]{1,0} parameter(2)
+  %s = (bf16[128,512]{1,0}, bf16[1024,512]{1,0}) fusion(%p), kind=kCustom, calls=%start
+  %s0 = bf16[128,512]{1,0} get-tuple-element(%s), index=0
+  %s1 = bf16[1024,512]{1,0} get-tuple-element(%s), index=1
+  %m = (bf16[4096,256]{1,0}, bf16[1024,512]{1,0}) fusion(%s0, %s1, %x, %w), kind=kCustom, calls=%middle
+  %m1 = bf16[1024,512]{1,0} get-tuple-element(%m), index=1
+  ROOT %f = bf16[1024,512]{1,0} fusion(%s0, %m1), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_an_exchange_that_goes_on_beside_a_product_counts_once_and_hides_behind_it():
+    module = compiled_program.parse(CHAIN)
+    gathered = 2 * 1024 * 512
+    assert [(one.bytes, times) for one, times in exchanges(module)] == [(gathered, 1)]
+    where = [roofline.Place(0, (x, y)) for x in range(2) for y in range(4)]
+    found, chip = roofline.estimate(module, TOPOLOGY, where), TOPOLOGY.chip
+    product = max(2 * 4096 * 256 * 256 / chip.bf16_flops, 2 * (2 * 4096 * 256 + 256 * 256) / chip.hbm_rate)
+    exchange = max(7 / 8 * gathered / chip.ici_rate, (2 * 128 * 512 * 2 + gathered) / chip.hbm_rate)
+    assert found.ici_seconds == pytest.approx(7 / 8 * gathered / chip.ici_rate)
+    assert found.exposed_seconds == pytest.approx(max(exchange - product, 0.0))
+    assert found.step_seconds == pytest.approx(max(exchange, product))
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3, 7])
 @pytest.mark.parametrize("spread", [1, 2, 8])
 @pytest.mark.parametrize(("below", "gap"), [(0, 1), (2, 1), (5, 3)])

@@ -46,22 +46,56 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an instruction costs one device when it runs once."""
+    """What an instruction costs one device when it runs once.
+
+    Attributes:
+      products, hbm_bytes, collectives: see the module.
+      starts, waits: a name of what it starts and does not wait for, and of what it waits for; "" for neither.
+    """
 
     products: tuple[Product, ...] = ()
     hbm_bytes: int = 0
     collectives: tuple[Collective, ...] = ()
+    starts: str = ""
+    waits: str = ""
 
 
 def cost(module: Module, computation: Computation, instruction: Instruction) -> Cost:
     """Returns the cost of an instruction with all that it calls; loops, calls and conditionals cost nothing."""
+    if instruction.opcode.endswith("-done"):
+        return Cost(waits=instruction.operands[0])
     if instruction.opcode in _FREE or instruction.opcode in ("while", "conditional", "call"):
         return Cost()
+    part, chain = _chained(module, instruction)
+    if part == "done":
+        return Cost(waits=chain)
+    starts = instruction.name if instruction.opcode.endswith("-start") else chain if part == "start" else ""
     return Cost(
         products=tuple(_products(module, computation, instruction)),
         hbm_bytes=_hbm_bytes(module, computation, instruction),
         collectives=tuple(_collectives(module, computation, instruction, scattered=False)),
+        starts=starts,
     )
+
+
+def _chained(module: Module, instruction: Instruction) -> tuple[str, str]:
+    """Returns which part a fusion has in an exchange that goes on while others compute, and a name of that exchange.
+
+    A TPU's compiler writes it as a chain of fusions: "start", then any number of "middle", which compute something else
+    and hold the exchange again, and "done".
+    """
+    for called in module.called(instruction) if instruction.opcode == "fusion" else ():
+        for one in called.instructions.values():
+            chain = re.search(r'chain_id="(\d+)"', one.attributes) if one.opcode in KINDS else None
+            if chain:
+                ends = " ".join(inner.attributes[:200] for inner in called.instructions.values() if _ends_chain(inner))
+                parts = {"start": "AsyncCollectiveStart", "done": "AsyncCollectiveDone", "middle": ""}
+                return next(part for part, end in parts.items() if end in ends), f"chain {chain[1]}"
+    return "", ""
+
+
+def _ends_chain(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and '"AsyncCollective' in instruction.attributes[:200]
 
 
 def _operands(computation: Computation, instruction: Instruction) -> list[Instruction]:
@@ -166,16 +200,14 @@ def meetings(
 
 def _hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Operands read and results written, where they lie in HBM; of what is sliced or updated, only that part."""
-    if instruction.opcode.endswith("-done"):
-        return 0
     operands = _operands(computation, instruction)
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return sum(_in_hbm(one) for one in instruction.outputs) + _least(instruction, operands[0])
     if instruction.opcode == "dynamic-update-slice":
         return _written(operands[0].outputs[0], operands[1].outputs[0]) + _size(operands[1])
-    if instruction.opcode in ("copy-start", "slice-start"):  # the value is (result, operand, …)
-        moved = instruction.outputs[0]
-        return _in_hbm(moved) + min(_size(operands[0]), moved.bytes if operands[0].outputs[0].in_hbm else 0)
+    if instruction.opcode in ("copy-start", "slice-start"):  # the values are (result, operand, …), (operand, result, …)
+        moved = instruction.outputs[0 if instruction.opcode == "copy-start" else 1]
+        return _in_hbm(moved) + (moved.bytes if operands[0].outputs[0].in_hbm else 0)
     if instruction.opcode == "fusion":
         called = module.called(instruction)[0]
         read = sum(_read(module, called, number, one) for number, one in enumerate(operands))
@@ -214,6 +246,8 @@ def _read(module: Module, computation: Computation, number: int, operand: Instru
             total += sum(array.bytes for array in user.outputs)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             pass  # written in place
+        elif user.opcode == "tuple" or "chain_id=" in user.attributes or _ends_chain(user):
+            pass  # handed through, or moved by an exchange that has been counted where it starts
         else:
             return whole
     return min(total, whole)
@@ -237,6 +271,8 @@ def _result_bytes(computation: Computation) -> int:
 def _root_bytes(computation: Computation, result: Instruction) -> int:
     while result.opcode == "bitcast" and result.operands:
         result = computation.instructions[result.operands[0]]
+    if result.opcode == "parameter" or (result.opcode in KINDS and "chain_id=" in result.attributes):
+        return 0  # handed through
     if result.opcode == "dynamic-update-slice":
         target, update = _operands(computation, result)[:2]
         return _written(result.outputs[0], update.outputs[0])
@@ -253,7 +289,7 @@ def _collectives(
     if kind in KINDS:
         kind = "reduce-scatter" if scattered and kind == "all-reduce" else kind
         yield _collective(computation, instruction, kind, module.devices)
-    elif instruction.opcode in ("fusion", "async-start"):
+    elif instruction.opcode in ("fusion", "async-start") and _chained(module, instruction)[0] in ("", "start"):
         for called in module.called(instruction):
             # An all-reduce of which each device keeps its own slice is written as one fusion, and runs as one exchange.
             slices = any(inner.opcode == "partition-id" for inner in called.instructions.values())

@@ -152,17 +152,17 @@ class _Walk:
                 clock += trips * self.run(self.module.computations[body], times * trips) if trips else 0.0
             elif one.opcode in ("call", "conditional"):
                 clock += self._longest(self.module.called(one), times)
-            elif one.opcode.endswith("-done"):
-                waits = max(finishes.get(name, clock) - clock for name in one.operands)
-                if not one.opcode.startswith(("copy", "slice")):
-                    self.total.exposed_seconds += times * max(waits, 0.0)
-                clock += max(waits, 0.0)
             else:
-                work, exchange = self._times(computation, one, times)
-                if one.opcode in ("copy-start", "slice-start"):
-                    memory = finishes[one.name] = max(clock, memory) + work
-                elif one.opcode.endswith("-start"):
-                    link = finishes[one.name] = max(clock, link) + exchange
+                cost, work, exchange = self._times(computation, one, times)
+                if cost.waits:
+                    late = max(finishes.get(cost.waits, clock) - clock, 0.0)
+                    if not one.opcode.startswith(("copy", "slice")):
+                        self.total.exposed_seconds += times * late
+                    clock += late
+                elif cost.starts and not exchange:
+                    memory = finishes[cost.starts] = max(clock, memory) + work
+                elif cost.starts:
+                    link = finishes[cost.starts] = max(clock, link) + exchange
                 else:
                     self.total.exposed_seconds += times * exchange
                     clock += work + exchange
@@ -175,8 +175,8 @@ class _Walk:
         longest = max(branches, key=lambda branch: self.run(branch, 0)) if len(branches) > 1 else branches[0]
         return self.run(longest, times)
 
-    def _times(self, computation: Computation, one: Instruction, times: int) -> tuple[float, float]:
-        """Returns seconds of computing and loading, and seconds of exchanging, of one run; adds `times` to totals."""
+    def _times(self, computation: Computation, one: Instruction, times: int) -> tuple[Cost, float, float]:
+        """Returns the cost, seconds of computing and loading, and seconds of exchanging; adds `times` to totals."""
         key = (computation.name, one.name)
         if key not in self.costs:
             self.costs[key] = instruction_costs.cost(self.module, computation, one)
@@ -203,7 +203,7 @@ class _Walk:
             bound = max(((compute, "matrix unit"), (hbm, "HBM"), (ici, "ICI"), (dcn, "DCN")))[1]
             seen = self.hot.setdefault(key, Hot(0.0, 0, bound, one.op_name, one.name))
             seen.seconds, seen.times = seen.seconds + times * seconds, seen.times + times
-        return max(compute, hbm), exchange
+        return cost, max(compute, hbm), exchange
 
 
 def by_kind(exchanges: Sequence[tuple[Collective, int]]) -> dict[str, dict[str, float]]:
