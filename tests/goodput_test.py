@@ -1,12 +1,14 @@
 """Where the time went: sums by hand over starts that were killed, a clock that misses nothing, real processes."""
 
 import json
+import subprocess
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import pytest
-from training_processes import Training, rows
+from training_processes import ROOT, Training, rows
 
 from unclip_jax import goodput, goodput_sums, jsonl
 
@@ -181,6 +183,29 @@ def test_last_words_number_and_a_row_cut_short(tmp_path):
     assert [(start.number, start.how) for start in sums.starts] == [
         (1, "ValueError: the device is <gone>"), (2, "stopped")
     ]  # fmt: skip
+
+
+LEAVES = """
+import sys, threading, time
+from unclip_jax import goodput, hosts
+
+with goodput.Recorder() as recorder:
+    recorder.open(sys.argv[1])
+    with recorder.span(goodput.COMPILE):
+        time.sleep(0.2)
+        threading.Thread(target=hosts.leave, args=(int(sys.argv[2]),)).start()
+        time.sleep(60)
+"""
+
+
+def test_a_process_that_ends_at_once_has_last_words_too(tmp_path):
+    """As SIGTERM ends a compilation: by another thread, which does not wait for this one."""
+    for status in (42, 1):
+        done = subprocess.run([sys.executable, "-c", LEAVES, tmp_path, str(status)], cwd=ROOT, timeout=120)
+        assert done.returncode == status
+    sums = goodput_sums.read(tmp_path)[0]
+    assert [start.how for start in sums.starts] == ["stopped", "exit code 1"]
+    assert 0.4 <= sums.seconds["compile"] < 60
 
 
 def test_a_file_that_cannot_be_written_ends_no_run(tmp_path, caplog):

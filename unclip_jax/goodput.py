@@ -31,7 +31,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from unclip_jax import jsonl
+from unclip_jax import hosts, jsonl, programs
 
 _LOG = logging.getLogger(__name__)
 # What a process can be doing. "idle", "redone" and "other" are found afterwards, by `goodput_sums`.
@@ -76,6 +76,7 @@ class Recorder:
         self._from: int | None = None  # until it is known where the run begins
         self._step = 0
         self._path: epath.Path | None = None
+        self._total_steps: int | None = None
         self._lock = threading.RLock()
         self._heartbeat = heartbeat_seconds
         self._stop = threading.Event()
@@ -186,6 +187,7 @@ class Recorder:
             thread = threading.Thread(target=target, name=f"goodput{target.__name__}", daemon=True)
             thread.start()
             self._threads.append(thread)
+        hosts.before_leaving(self._leave)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -194,14 +196,25 @@ class Recorder:
         self._given.put(None)
         self._threads[0].join()
         self._threads = []
+        how = "done" if self._total_steps and self._step >= self._total_steps else "stopped"
+        if error is not None and not isinstance(error, SystemExit):
+            how = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         with self._lock:
-            self.flush()
-            if self._path is None:
-                return
-            how = "done" if self._total_steps and self._step >= self._total_steps else "stopped"
-            if error is not None and not isinstance(error, SystemExit):
-                how = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._end(how)
+
+    def _leave(self, status: int) -> None:
+        """Writes the last words of a process that ends without coming back here."""
+        if self._lock.acquire(timeout=1.0):  # who has it may hang, in a write
+            try:
+                self._end("stopped" if status == programs.REQUEUE else f"exit code {status}")
+            finally:
+                self._lock.release()
+
+    def _end(self, how: str) -> None:
+        self.flush()
+        if self._path is not None:
             self._append([{**self._row(END, self._mark, 0.0), "how": how}])
+            self._path = None  # nothing comes after it
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat / 2):

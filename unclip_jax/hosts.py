@@ -47,6 +47,7 @@ class _Here:
     workdir: epath.Path | None = None
     leaving = threading.Event()
     waiting: list[Callable[[], None]] = []
+    last_words: list[Callable[[int], None]] = []
     asked: collections.Counter[str] = collections.Counter()  # how often a question was put, so that each is new
 
 
@@ -312,11 +313,19 @@ def _end_with_the_others(what: str) -> None:
     leave(1)
 
 
+def before_leaving(words: Callable[[int], None]) -> None:
+    """Has `words(status)` called where this process ends at once; it must be short, and may come from any thread."""
+    _HERE.last_words.append(words)
+
+
 def leave(status: int) -> NoReturn:
     """Ends this process at once, by any of its threads; process 0 outlives the others, whom its end would abort."""
     if _HERE.leaving.is_set():  # another thread is at it
         time.sleep(600)
     _HERE.leaving.set()
+    for words in _HERE.last_words:
+        with contextlib.suppress(Exception):
+            words(status)
     for child in multiprocessing.active_children():
         child.terminate()
     # Not by way of Python's end: threads that wait for the store would abort it.
