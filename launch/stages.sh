@@ -102,6 +102,7 @@ start_stage() {
 end_stage() {
   local stage=$1 status=0
   wait "${pid[$stage]}" || status=$?
+  unset "pid[$stage]"
   if [ "$status" = "$EXIT_DONE" ]; then
     read_stage "$stage"
     digest > "$records/$stage.done"
@@ -115,12 +116,17 @@ end_stage() {
   fi
 }
 
+# Launchers end after the command that they are at, which may be gcloud making a TPU: half a minute, then without them.
 stop_all() {
-  trap '' INT TERM
-  for stage in "${!pid[@]}"; do
-    [ "${state[$stage]}" != running ] || kill -TERM "${pid[$stage]}" 2> /dev/null || true
+  local alive
+  trap - INT TERM
+  kill -TERM "${pid[@]}" 2> /dev/null || true
+  for _ in {1..30}; do
+    alive=
+    for stage in "${!pid[@]}"; do kill -0 "${pid[$stage]}" 2> /dev/null && alive=1; done
+    [ -n "$alive" ] || break
+    nap 1
   done
-  wait
   say "the launchers are ended and their jobs left as they are; the same command goes on with them"
   exit "$EXIT_REQUEUE"
 }

@@ -69,10 +69,11 @@ on_hosts() { run "${tpu[@]}" ssh "${option[name]}" "${where[@]}" "${hosts[@]}" "
 # --- the job ---------------------------------------------------------------------------------------------------------
 
 prepare_hosts() {
-  local folder=$HOME/.cache/unclip_jax archive=unclip_jax-$commit.tar.gz
+  local archive=unclip_jax-$commit.tar.gz folder=$HOME/.cache/unclip_jax/${option[name]}
   run mkdir -p "$folder" \
     && run git archive --format=tar.gz "--output=$folder/$archive" "$commit" \
     && run "${tpu[@]}" scp "$folder/$archive" "${option[name]}:$archive" "${where[@]}" "${hosts[@]}" \
+    && run rm "$folder/$archive" \
     && on_hosts "mkdir -p unclip_jax-$commit && tar -xzf $archive -C unclip_jax-$commit && bash \
 unclip_jax-$commit/launch/host.sh install${option[bucket]:+ --bucket=${option[bucket]}}"
 }
