@@ -60,7 +60,8 @@ class Roofline:
     Attributes:
       compute_seconds: products, padded to the matrix unit, at the chip's peak.
       hbm_seconds: bytes of HBM at its rate.
-      memory_bound_seconds: what HBM adds where it takes longer than the products of the same instruction.
+      memory_bound_seconds: what HBM adds where it takes longer than the products of the same instruction; what is
+        fetched early, while others compute, is left out.
       ici_seconds, dcn_seconds: exchanges inside of a slice, and between slices.
       exposed_seconds: of these, what the schedule waits for.
       step_seconds: the estimate.
@@ -190,7 +191,9 @@ class _Walk:
         total = self.total
         total.compute_seconds += times * compute
         total.hbm_seconds += times * hbm
-        total.memory_bound_seconds += times * max(hbm - compute, 0.0) * (not networks)
+        fetched_early = bool(cost.starts) and not networks
+        if not networks and not fetched_early:
+            total.memory_bound_seconds += times * max(hbm - compute, 0.0)
         total.ici_seconds += times * ici
         total.dcn_seconds += times * dcn
         total.flops += times * sum(product.flops for product in cost.products)
@@ -199,7 +202,7 @@ class _Walk:
         if exchange:  # what is sent is read while it is sent
             exchange, hbm = max(exchange, hbm), 0.0
         seconds = max(compute, hbm) + exchange
-        if seconds and times:
+        if seconds and times and not fetched_early:
             bound = max(((compute, "matrix unit"), (hbm, "HBM"), (ici, "ICI"), (dcn, "DCN")))[1]
             seen = self.hot.setdefault(key, Hot(0.0, 0, bound, one.op_name, one.name))
             seen.seconds, seen.times = seen.seconds + times * seconds, seen.times + times
