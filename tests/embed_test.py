@@ -179,11 +179,12 @@ def test_embeddings_of_something_else_are_refused_by_name(models, data_dir, made
         with pytest.raises(InputError, match=match):
             inputs.Input(built(case, models, data_dir, **options), given)
 
-    refused(rf"not this run's: clip \('{networks['clip']}' there, 'another' here\).*unclip_jax.embed --clip=", given={
-        "clip": "another"
-    })  # fmt: skip
+    there = rf"clip \('{networks['clip']}' there, 'another' here\)"
+    refused(rf"not this run's: {there}.*unclip_jax.embed --clip=", given={"clip": "another"})
     refused("holds no embeddings; make them: python -m unclip_jax.embed", data__embeddings=str(tmp_path / "none"))
-    refused("holds no embeddings", data__embeddings="auto", given={"clip": "another"})
+    list(embed.run(Options(clip=str(models / "clip"), data=directory), nothing))
+    only = rf"holds no embeddings, only of other CLIPs \({networks['clip']}\); make them"
+    refused(only, data__embeddings="auto", given={"clip": "another"})
     refused("not this run's: network.activation", clip__activation="gelu")
     refused("put together of 2 slices", data__split="train[:20]+train[40:]")
     refused("this upsampler reads no embeddings; leave it empty", "upsampler", given={})

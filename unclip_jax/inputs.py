@@ -108,7 +108,9 @@ class Input:
         try:
             stored = embeddings.Stored(os.path.join(root, split))
         except InputError as error:
-            raise InputError(f"config.data.embeddings={where!r}: {error}; make them: {command}") from error
+            beside_it = sorted(path.name for path in epath.Path(root).parent.glob("*")) if where == "auto" else []
+            others = f", only of other CLIPs ({', '.join(beside_it)})" if beside_it and clip not in beside_it else ""
+            raise InputError(f"config.data.embeddings={where!r}: {error}{others}; make them: {command}") from error
         there = stored.job.as_json()
         if wrong := embeddings.differences({key: there[key] for key in here}, here):
             raise InputError(
@@ -286,10 +288,9 @@ def data_sets(data: ConfigDict) -> list[DataSet]:
     Raises:
       InputError: one of them is not named as it must be; a built-in one that is missing is written.
     """
-    alone = [DataSet(data.dataset, "", data.split, 1.0)]
-    return _parts(data) or [
-        one._replace(directory=_located(data.dataset, data.variant, data_dir=data.data_dir)) for one in alone
-    ]
+    if data.get("mixture"):
+        return _parts(data)
+    return [DataSet(data.dataset, _located(data.dataset, data.variant, data_dir=data.data_dir), data.split, 1.0)]
 
 
 def beside(directory: str, clip: str) -> str:
