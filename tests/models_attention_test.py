@@ -64,20 +64,41 @@ def test_few_queries_and_those_that_make_no_whole_chunks_go_at_once(count):
     np.testing.assert_allclose(attend(Q[:, :count], K, V), attend(Q, K, V)[:, :count], atol=2e-6)
 
 
-@pytest.mark.parametrize("keys", [140, 2100], ids=["one block of keys", "several"])
+def plain(q, k, v, mask, causal):
+    """By JAX's own attention, with the past written out as a mask."""
+    queries, keys = q.shape[1], k.shape[1]
+    if causal:
+        past = np.arange(keys) <= np.arange(queries)[:, None] + keys - queries
+        mask = past[None, None] if mask is None else past & mask
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "some"])
-def test_the_kernel_of_a_tpu_is_softmax_attention_with_its_gradients(keys, masked):
-    q, k, v = (jnp.asarray(RNG.standard_normal((2, count, 2, 8)), jnp.float32) for count in (128, keys, keys))
-    mask = jnp.asarray(RNG.random((2, 1, 1, keys)) > 0.4) if masked else None
+@pytest.mark.parametrize("count, keys", [(128, 140), (128, 2100), (150, 150)], ids=["context", "blocks", "filled up"])
+def test_the_kernel_of_a_tpu_is_softmax_attention_with_its_gradients(count, keys, masked, causal):
+    q, k, v = (jnp.asarray(RNG.standard_normal((2, n, 2, 8)), jnp.float32) for n in (count, keys, keys))
+    toward = jnp.asarray(RNG.standard_normal(q.shape), jnp.float32)
+    # Every query sees the first key, as in a caption; a query that sees nothing has no answer to compare.
+    mask = jnp.asarray(RNG.random((2, 1, 1, keys)) > 0.4).at[..., 0].set(True) if masked else None
 
     def kernel(q, k, v):  # interpreted: there is no TPU
-        return (attention._attend_by_kernel(q, k, v, mask, interpret=True) * TOWARD[:, :, :2]).sum()
+        return (attention._attend_by_kernel(q, k, v, mask, causal=causal, interpret=True) * toward).sum()
 
-    def plain(q, k, v):
-        return (jax.nn.dot_product_attention(q, k, v, mask=mask) * TOWARD[:, :, :2]).sum()
+    def wanted(q, k, v):
+        return (plain(q, k, v, mask, causal) * toward).sum()
 
-    found, wanted = (jax.value_and_grad(function, (0, 1, 2))(q, k, v) for function in (kernel, plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, wanted)
+    found, expected = (jax.value_and_grad(function, (0, 1, 2))(q, k, v) for function in (kernel, wanted))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-6), found, expected)
+
+
+@pytest.mark.parametrize("mask", [None, SEEN.at[..., 0].set(True)], ids=["all", "some"])
+def test_a_causal_query_sees_nothing_past_itself(mask):
+    np.testing.assert_allclose(attend(Q, K, V, mask, causal=True), plain(Q, K, V, mask, True), atol=2e-6)
+    later = K.at[:, 100:].add(1.0)  # past query 87, for the last 128 of 140 positions are the queries'
+    before, after = (attend(Q, keys, V, mask, causal=True) for keys in (K, later))
+    np.testing.assert_array_equal(before[:, :88], after[:, :88])
+    assert not np.allclose(before[:, 88:], after[:, 88:])
 
 
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_examples_and_heads():
@@ -93,9 +114,9 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_examples_and_heads():
     np.testing.assert_allclose(jax.jit(kernel)(q, k, v), by_hand(q, k, v, SEEN), atol=2e-6)
 
 
-@pytest.mark.parametrize("count, calls", [(1024, 1), (256, 0)])
-def test_a_tpu_takes_the_kernel_where_logits_are_many(count, calls):
+@pytest.mark.parametrize("count, keys, calls", [(1024, 1284, 1), (260, 260, 1), (64, 324, 0), (3, 260, 0)])
+def test_a_tpu_takes_the_kernel_where_logits_are_many(count, keys, calls):
     q = jnp.zeros((1, count, 1, 64), jnp.bfloat16)
-    k = jnp.zeros((1, count + 260, 1, 64), jnp.bfloat16)
+    k = jnp.zeros((1, keys, 1, 64), jnp.bfloat16)
     lowered = jax.jit(attend).trace(q, k, k).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("tpu_custom_call") == calls

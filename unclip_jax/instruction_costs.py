@@ -200,6 +200,8 @@ def meetings(
 
 def _hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Operands read and results written, where they lie in HBM; of what is sliced or updated, only that part."""
+    if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+        return 0
     operands = _operands(computation, instruction)
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return sum(_in_hbm(one) for one in instruction.outputs) + _least(instruction, operands[0])
@@ -248,6 +250,9 @@ def _read(module: Module, computation: Computation, number: int, operand: Instru
             pass  # written in place
         elif user.opcode == "tuple" or "chain_id=" in user.attributes or _ends_chain(user):
             pass  # handed through, or moved by an exchange that has been counted where it starts
+        elif user.opcode == "fusion":  # what a product reads may be a fusion of its own
+            inner = module.called(user)[0]
+            total += sum(_read(module, inner, place, operand) for place, one in enumerate(user.operands) if one == name)
         else:
             return whole
     return min(total, whole)

@@ -10,8 +10,8 @@ from unclip_jax import sharding
 
 # Queries whose logits a CPU computes at a time, so that they stay in its cache.
 _CHUNK = 64
-# Pairs of queries and keys from which a TPU's kernel is worth its while; fewer logits may lie in memory.
-_MANY = 1 << 19
+# Pairs of queries and keys from which a TPU's kernel is used; fewer logits may lie in memory.
+_MANY = 1 << 15
 # Queries that the kernel takes at a time, and keys, of which it takes multiples: the lanes of a TPU's registers.
 _BLOCK, _LANES = 512, 128
 # Added to the logit of what may not be looked at. Finite, so that a query that may look at nothing gives no NaN.
@@ -24,24 +24,31 @@ def attend(
     k: Float[Array, "b s h k"],
     v: Float[Array, "b s h k"],
     mask: Bool[Array, "#b #h #n #s"] | None = None,
+    *,
+    causal: bool = False,
 ) -> Float[Array, "b n h k"]:
     """Returns softmax(q k^T / sqrt(k)) v of each head; logits and softmax in float32.
 
-    `mask` is True where a query may look. Where all queries may look at the same keys, a CPU takes them in chunks and
-    computes their weights again in the backward pass, which takes it a third of the time; a TPU does so in a kernel
-    from half a million pairs of query and key on. Neither pass then holds all [n, s] of them. A GPU calls cuDNN,
-    in the types that it knows.
+    `mask` is True where a query may look. With `causal` the n queries stand where the last n keys do, and none may look
+    past itself. Where all queries may look at the same keys, a CPU takes them in chunks and computes their weights
+    again in the backward pass, which takes it a third of the time; a TPU does so in a kernel, causal or not, from some
+    ten thousand pairs of query and key on. Neither pass then holds all [n, s] of them. A GPU calls cuDNN, in the types
+    that it knows.
     """
-    at_once = functools.partial(jax.nn.dot_product_attention, q, k, v, mask=mask)
+    count, keys = q.shape[1], k.shape[1]
+    everywhere = mask is None or mask.shape[1] == mask.shape[2] == 1
+    both = mask
+    if causal:
+        past = jnp.tril(jnp.ones((count, keys), bool), keys - count)[None, None]
+        both = past if mask is None else past & mask
+    at_once = functools.partial(jax.nn.dot_product_attention, q, k, v, mask=both)
     if _cudnn_takes(q):
         return at_once(implementation="cudnn")
     ways = {}
-    if mask is None or mask.shape[1] == mask.shape[2] == 1:
-        count, keys = q.shape[1], k.shape[1]
-        if count > _CHUNK and count % _CHUNK == 0:
-            ways["cpu"] = functools.partial(_attend_in_chunks, q, k, v, mask)
-        if count % _LANES == 0 and count * keys >= _MANY:
-            ways["tpu"] = functools.partial(_attend_by_kernel, q, k, v, mask)
+    if everywhere and not causal and count > _CHUNK and count % _CHUNK == 0:
+        ways["cpu"] = functools.partial(_attend_in_chunks, q, k, v, mask)
+    if everywhere and count >= _LANES and count * keys >= _MANY:
+        ways["tpu"] = functools.partial(_attend_by_kernel, q, k, v, mask, causal=causal)
     return jax.lax.platform_dependent(**ways, default=at_once) if ways else at_once()
 
 
@@ -70,46 +77,54 @@ def _attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array 
 
 
 def _attend_by_kernel(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    causal: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """The Pallas kernel of JAX for TPUs, on each device's own examples and heads."""
     seen = jnp.ones((1, k.shape[1]), bool) if mask is None else mask[:, 0, 0]
     seen = jnp.broadcast_to(seen, (q.shape[0], k.shape[1]))[:, :, None, None]
-    kernel = functools.partial(_kernel, interpret=interpret)
+    kernel = functools.partial(_kernel, causal=causal, interpret=interpret)
     return sharding.each_part(kernel, q, k, v, seen, names=_AXES)
 
 
-def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, interpret: bool) -> jax.Array:
+def _kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, causal: bool, interpret: bool
+) -> jax.Array:
     # Late, for it takes a second that only those who run it on a TPU should wait.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
     count, keys, width = q.shape[1], k.shape[1], q.shape[-1]
-    at_once = next(size for size in (_BLOCK, 2 * _LANES, _LANES) if count % size == 0)
-    # Keys are filled up to whole registers, and up to whole blocks where one block does not hold them all.
+    # Both are filled up to whole registers; keys to whole blocks, too, where one block does not hold them all.
     multiple = _LANES if keys <= 4 * _BLOCK else _BLOCK
-    padding = -keys % multiple
-    k, v, seen = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (k, v, seen))
-    block = keys + padding if keys <= 4 * _BLOCK else _BLOCK
+    q = jnp.pad(q, ((0, 0), (0, -count % _LANES), (0, 0), (0, 0)))
+    k, v, seen = (jnp.pad(x, ((0, 0), (0, -keys % multiple), (0, 0), (0, 0))) for x in (k, v, seen))
+    shape = (q.shape[1], k.shape[1])
+    rows = next(size for size in range(_BLOCK, 0, -_LANES) if shape[0] % size == 0)
+    block = shape[1] if keys <= 4 * _BLOCK else _BLOCK
     sizes = splash.BlockSizes(
-        block_q=at_once,
+        block_q=rows,
         block_kv=block,
         block_kv_compute=block,
-        block_q_dkv=at_once,
+        block_q_dkv=rows,
         block_kv_dkv=block,
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )
-    everything = splash_mask.MultiHeadMask([splash_mask.FullMask((count, keys + padding))] * q.shape[2])
-    attend_one = splash.make_splash_mha(
-        everything, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
-    )
+    mask = splash_mask.CausalMask(shape, offset=keys - count) if causal else splash_mask.FullMask(shape)
+    masks = splash_mask.MultiHeadMask([mask] * q.shape[2])
+    attend_one = splash.make_splash_mha(masks, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
     # A query sees keys of its own segment: all are of segment 1, and what may not be seen is of segment 0.
-    ours = jnp.ones((count,), jnp.int32)
+    ours = jnp.ones((shape[0],), jnp.int32)
 
     def one(q, k, v, seen):
         return attend_one(q * width**-0.5, k, v, segment_ids=splash.SegmentIds(ours, seen.astype(jnp.int32)))
 
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     y = jax.vmap(one)(q, k, v, seen[:, :, 0, 0])
-    return jnp.moveaxis(y, 1, 2)
+    return jnp.moveaxis(y, 1, 2)[:, :count]

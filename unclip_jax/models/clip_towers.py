@@ -257,6 +257,7 @@ class TextTransformer(nn.Module):
             dtype=self.dtype,
             mlp_ratio=self.mlp_ratio,
             epsilon=self.epsilon,
+            causal=self.causal and self.pool != "class",
             name="stack",
         )(x, mask=self._mask(tokens))
         norm = layer_norm(dtype=self.dtype, epsilon=self.epsilon, name="ln_final")
@@ -267,7 +268,7 @@ class TextTransformer(nn.Module):
 
     def _mask(self, tokens: Tokens) -> Bool[Array, "#b 1 s s"] | None:
         if self.pool != "class":
-            return causal_mask(tokens.shape[1]) if self.causal else None
+            return None
         # CoCa's weights were trained with a mask one position late: it hides whom padding precedes, itself included.
         seen = jnp.pad(tokens != 0, ((0, 0), (1, 0)), constant_values=True)[:, None, None]
         length = seen.shape[-1]

@@ -14,7 +14,7 @@ from unclip_jax.arrays import Embeddings, Timesteps, Tokens
 from unclip_jax.errors import InputError
 from unclip_jax.models.captions import EncodedCaption, empty_caption, valid_tokens
 from unclip_jax.models.layers import dense, embedding, layer_norm, learned, timestep_embedding
-from unclip_jax.models.transformer import Cache, Transformer, causal_mask, empty_cache
+from unclip_jax.models.transformer import Cache, Transformer, empty_cache
 
 _NOISY = 3  # timestep, noised z_i, query: the tokens after the prefix
 
@@ -82,7 +82,9 @@ class DiffusionPrior(nn.Module):
         self.image_embedding = dense(self.width, role="mix", dtype=self.dtype)
         self.query = learned(self, "query", (self.width,))
         self.positions = learned(self, "positions", (self.context_length + 1 + _NOISY, self.width))
-        self.stack = Transformer(self.depth, self.heads, self.activation, remat=self.remat, dtype=self.dtype)
+        self.stack = Transformer(
+            self.depth, self.heads, self.activation, remat=self.remat, dtype=self.dtype, causal=True
+        )
         self.norm = layer_norm(dtype=self.dtype)
         self.readout = dense(self.embed_dim, role="mix", dtype=self.dtype)
 
@@ -152,7 +154,7 @@ class DiffusionPrior(nn.Module):
         """
         x, seen = self._prefix_tokens(caption, z_t, drop)
         x = jnp.concatenate([x, self._noisy_tokens(x_t, t)], 1)
-        x, _ = self.stack(x, mask=causal_mask(x.shape[1]) & seen[:, None, None])
+        x, _ = self.stack(x, mask=seen[:, None, None])
         return self._read(x)
 
     def prefix(

@@ -13,7 +13,7 @@ from unclip_jax.arrays import Embeddings, Tokens
 from unclip_jax.errors import InputError
 from unclip_jax.models.layers import dense, embedding, layer_norm, learned
 from unclip_jax.models.text_encoder import TextEncoder
-from unclip_jax.models.transformer import Cache, Transformer, causal_mask, empty_cache
+from unclip_jax.models.transformer import Cache, Transformer, empty_cache
 
 # What cached decoding carries: keys and values of the caption, then of the tokens already read.
 ARPrefix = Cache
@@ -85,6 +85,7 @@ class ARPrior(nn.Module):
             context_kv="shared",
             remat=self.remat,
             dtype=self.dtype,
+            causal=True,
         )
         self.norm = layer_norm(dtype=self.dtype)
         self.readout = dense(self.buckets, role="up", dtype=self.dtype)
@@ -128,7 +129,7 @@ class ARPrior(nn.Module):
             raise InputError(f"the AR prior predicts {self.components} codes, not {codes.shape[1]}")
         x = jnp.concatenate([self._first_tokens(dot, z_t, drop), self.codes(codes[:, :-1])], 1)
         x = x + self.positions.astype(x.dtype)
-        x, _ = self.decoder(x, context=self._context(tokens, drop), mask=causal_mask(x.shape[1]))
+        x, _ = self.decoder(x, context=self._context(tokens, drop))
         return self._logits(x[:, _FIRST - 1 :])
 
     def prefix(

@@ -36,12 +36,14 @@ class Attention(nn.Module):
         block's, and wants a context of the block's width.
       dtype: compute dtype.
       out_scale: variance scale of the output projection; 0 starts the layer as the identity of its residual.
+      causal: whether a token sees only those of `x` up to itself; with a cache it does so anyway.
     """
 
     heads: int
     context_kv: str = "own"
     dtype: DTypeLike = jnp.float32
     out_scale: float = 1.0
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -65,11 +67,12 @@ class Attention(nn.Module):
             return layer, jnp.moveaxis(layer(inputs), -3, 0)
 
         qkv, (q, k, v) = project(x, 3, "qkv")
+        causal = self.causal and cache is None
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.filled, 1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.filled, 1)
-            causal = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
-            mask = causal[None, None] if mask is None else causal & mask
+            past = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
+            mask = past[None, None] if mask is None else past & mask
             cache = Cache(k, v, cache.filled + x.shape[1])
         if context is not None:
             if self.context_kv == "own":
@@ -80,7 +83,7 @@ class Attention(nn.Module):
             v = jnp.concatenate([context_v, v], 1)
             if mask is not None and mask.shape[-1] != k.shape[1]:
                 mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (context.shape[1], 0)), constant_values=True)
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, mask, causal=causal)
         return join_heads(width, scale=self.out_scale, dtype=self.dtype, name="out")(y), cache
 
 
@@ -112,11 +115,14 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0
     epsilon: float = 1e-5
     layer_scale: float = 0.0
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x, cache, context, mask):
         x = sharding.laid(x)
-        attention = Attention(self.heads, self.context_kv, self.dtype, self.out_scale, name="attention")
+        attention = Attention(
+            self.heads, self.context_kv, self.dtype, self.out_scale, self.causal, name="attention"
+        )
         norm = functools.partial(layer_norm, dtype=self.dtype, epsilon=self.epsilon)
         y, cache = attention(norm(name="norm_1")(x), context, mask, cache)
         x = x + self._scaled(y, "scale_1")
@@ -143,6 +149,7 @@ class Transformer(nn.Module):
       epsilon: of the layer norms.
       layer_scale: what learned factors of each branch's channels begin at (Touvron et al., 2021, "Going deeper with
         image transformers"); 0 for none.
+      causal: see Attention.
     """
 
     depth: int
@@ -154,6 +161,7 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
     epsilon: float = 1e-5
     layer_scale: float = 0.0
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -185,6 +193,7 @@ class Transformer(nn.Module):
             self.mlp_ratio,
             self.epsilon,
             self.layer_scale,
+            self.causal,
             name="blocks",
         )
         x, layers = blocks(x.astype(self.dtype), layers, context, mask)
