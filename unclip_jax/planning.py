@@ -9,8 +9,10 @@ A plan is JSON and nothing else, so that a script can keep it. `docs/pods.md` sa
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import os
 import re
 import resource
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -79,7 +81,7 @@ def plan_apart(config: ConfigDict, topology: Topology, **options: Any) -> Plan:
     """
     arguments = (configs.to_json(config), topology.name, options)
     fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=start_jax) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=_start_apart) as pool:
         try:
             return pool.submit(_plan_of_json, *arguments).result()
         except concurrent.futures.process.BrokenProcessPool:
@@ -94,6 +96,19 @@ def start_jax() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_threefry_partitionable", True)
     programs.start_logging()
+
+
+def _start_apart() -> None:
+    """Sets a process up that plans for another one, and ends it, in the middle of a compilation, if that one ends."""
+    start_jax()
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _plan_of_json(config: str, topology: str, options: dict[str, Any]) -> Plan:
