@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from unclip_jax import hosts, programs
 
@@ -30,10 +30,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAVE, _LEAVE = "save", "leave"
 
 
+@runtime_checkable
 class Polled(Protocol):
     """What loops ask: a `Stopping`, or in tests something that says what it likes."""
 
-    def poll(self) -> bool: ...
+    def poll(self) -> bool:
+        """Whether to stop."""
 
 
 class Stopped(Exception):
