@@ -121,8 +121,9 @@ def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
 
 
 def pod(config: ConfigDict) -> ConfigDict:
-    """Names what the user of a large config brings: data, OpenAI's CLIP vocabulary, and 64 chips or a multiple."""
-    config.mesh.fsdp = 64  # divides all of Table 3's widths
+    """Names what the user of a large config brings: data of their own, and OpenAI's CLIP vocabulary."""
+    # All chips share the weights: gradients are scattered, which is half the bytes of summing them everywhere.
+    config.mesh.update({"data": 1, "fsdp": -1})
     config.data.dataset = ""  # a folder that `python -m unclip_jax.prepare` made
     config.data.vocabulary = "~/unclip_data/clip_vocabulary"  # holds vocab.json and merges.txt
     return config
@@ -131,7 +132,7 @@ def pod(config: ConfigDict) -> ConfigDict:
 def accelerator(config: ConfigDict) -> ConfigDict:
     """As `pod`, for one accelerator of 16 GB: the moving average and the evaluations of a shorter run."""
     pod(config)
-    config.mesh.fsdp = 1
+    config.mesh.update({"data": -1, "fsdp": 1})
     config.optim.ema_decay = 0.9995
     config.evaluation.update({**durations(every_percent=10.0), "examples": 1024, "batch_size": 64})
     return config

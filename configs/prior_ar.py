@@ -56,8 +56,9 @@ def _large(config, clip, model):
 def _paper():
     config = common.pod(common.base(stage="prior_ar", batch_size=4096, steps=1_000_000))
     config.optim.ema_decay = 0.999
+    config.mesh.update({"data": -1, "fsdp": 128})  # 1,664 is 13 x 128
     text = {"context_length": 256, "text_width": 2048, "text_depth": 24, "text_heads": 32}
-    decoder = {"width": 1664, "depth": 24, "heads": 26, "remat": "none"}
+    decoder = {"width": 1664, "depth": 24, "heads": 26, "remat": "products"}
     codes = {"components": 319, "buckets": 1024, "dot_buckets": 1024}
     return _large(config, common.clip_paper(), {**text, **decoder, **codes})
 

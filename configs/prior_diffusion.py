@@ -47,7 +47,7 @@ def _large(config, clip, text):
 
 def _paper():
     config = common.pod(common.base(stage="prior_diffusion", batch_size=4096, steps=600_000))
-    return _large(config, common.clip_paper(), common.text_paper())
+    return _large(config, common.clip_paper(), {**common.text_paper(), "remat": "products"})
 
 
 def _small():

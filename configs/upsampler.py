@@ -73,6 +73,7 @@ _MULT = {False: (1, 2, 3, 4), True: (1, 1, 2, 2, 4, 4)}
 def _paper(second):
     size = {"channels": 192, "depth": 2} if second else {"channels": 320, "depth": 3}
     config = common.pod(common.base(stage="upsampler", batch_size=512 if second else 1024, steps=1_000_000))
+    config.mesh.update({"data": -1, "fsdp": 64})  # 320 is 5 x 64, 192 is 3 x 64
     return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": "none"})
 
 

@@ -264,3 +264,18 @@ def test_padding_to_the_matrix_unit_wastes_what_does_not_divide():
     assert channels.flops == 2 * 4096 * 192 * 320 * 9
     assert channels.padded_flops(128) / channels.flops == pytest.approx(256 / 192 * 384 / 320)
     assert Product(4096, 512, 512).padded_flops(256) == Product(4096, 512, 512).flops
+
+
+def test_what_a_kernel_says_of_itself_may_take_several_lines():
+    written = """HloModule program, num_partitions=2
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %kernel = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"sizes": {
+  "block": 4
+}}, metadata={op_name="attention/kernel"}
+}
+"""
+    module = compiled_program.parse(written)
+    main = module.computations[module.entry]
+    assert main.root == "kernel" and list(main.instructions) == ["p", "kernel"]
+    assert main.instructions["kernel"].op_name == "attention/kernel"

@@ -152,21 +152,24 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, name, root = "", "", ""
     inside: dict[str, Instruction] = {}
+    last = text_of_last = ""
     for line in text.splitlines():
         if not name:
             header = _HEADER.match(line)
             if header and not line.startswith("HloModule"):
                 name, inside, root = header[2], {}, ""
                 entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("} "):
             computations[name] = Computation(name, inside, root)
             name = ""
         else:
             match = _NAME.match(line)
             if match:
-                instruction = _instruction(match[2], line[match.end() :])
-                inside[instruction.name] = instruction
-                root = instruction.name if match[1] else root
+                last, text_of_last = match[2], line[match.end() :]
+                root = last if match[1] else root
+            else:  # what a kernel's call says of itself may take several lines
+                text_of_last += " " + line
+            inside[last] = _instruction(last, text_of_last)
     if not entry:
         raise ValueError("the text of the compiled program has no entry computation")
     partitions = re.search(r"num_partitions=(\d+)", text[: text.index("\n")])
