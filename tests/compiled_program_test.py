@@ -223,6 +223,8 @@ def test_places_of_a_kernel_that_meet_numbers_are_counted_as_by_trying_all(strid
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", (0, 1)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
         ("source_target_pairs={{3,4},{4,5}}", (3, 4)),
     ],
 )

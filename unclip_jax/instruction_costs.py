@@ -16,6 +16,8 @@ from unclip_jax.compiled_program import Array, Computation, Instruction, Module
 from unclip_jax.flops import Product
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
+# What runs as one with all that it calls; a plain `call` is one only inside of these.
+_WHOLE = ("fusion", "async-start", "call-start", "call")
 # Values that nothing computes: names for parts of others.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -110,7 +112,7 @@ def _products(module: Module, computation: Computation, instruction: Instruction
         yield _convolution(computation, instruction)
     elif instruction.opcode == "dot":
         yield _dot(computation, instruction)
-    elif instruction.opcode in ("fusion", "async-start"):
+    elif instruction.opcode in _WHOLE:
         for called in module.called(instruction):
             for inner in called.instructions.values():
                 yield from _products(module, called, inner)
@@ -294,7 +296,7 @@ def _collectives(
     if kind in KINDS:
         kind = "reduce-scatter" if scattered and kind == "all-reduce" else kind
         yield _collective(computation, instruction, kind, module.devices)
-    elif instruction.opcode in ("fusion", "async-start") and _chained(module, instruction)[0] in ("", "start"):
+    elif instruction.opcode in _WHOLE and _chained(module, instruction)[0] in ("", "start"):
         for called in module.called(instruction):
             # An all-reduce of which each device keeps its own slice is written as one fusion, and runs as one exchange.
             slices = any(inner.opcode == "partition-id" for inner in called.instructions.values())
@@ -331,18 +333,23 @@ def group(attributes: str) -> tuple[int, ...]:
         numbers = np.arange(math.prod(_sizes(tiled[3]))).reshape(_sizes(tiled[3]))
         numbers = numbers.transpose(_sizes(tiled[4])) if tiled[4] else numbers
         return tuple(int(number) for number in numbers.reshape(int(tiled[1]), int(tiled[2]))[0])
-    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
-    return _mesh_group(meshed[1], meshed[2]) if meshed else ()
+    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes)
+    return _mesh_group(*meshed.groups()) if meshed else ()
 
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(","))
 
 
-def _mesh_group(mesh: str, axes: str) -> tuple[int, ...]:
-    """Reads mesh['a'=4,'b'=8] {'a','b':(2)4}: devices that differ along these axes, or parts of axes, alone."""
+def _mesh_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
+    """Reads mesh["a"=4,"b"=8], device_ids=([8,4]T(1,0)) {"a","b":(2)4}: what differs along (parts of) axes alone."""
     shape = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
-    numbers = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
+    numbers = np.arange(math.prod(shape.values()))
+    turned = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if turned:
+        numbers = numbers.reshape(_sizes(turned[1]))
+        numbers = numbers.transpose(_sizes(turned[2])) if turned[2] else numbers
+    numbers = numbers.reshape(tuple(shape.values()))
     varied = {name: (before, size) for name, before, size in re.findall(r"'([\w.\-]+)'(?::\((\d+)\)(\d+))?", axes)}
     index: list[np.ndarray] = []
     for name, size in shape.items():
