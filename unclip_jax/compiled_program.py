@@ -204,8 +204,8 @@ def _closing(text: str, opening: int) -> int:
 def visit(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
     """Yields every instruction that runs by itself, with its computation and how often it runs.
 
-    What a fusion, a reduction or a `-start` calls is part of it and not visited. A loop whose length is not known counts
-    once, and all branches of a conditional count.
+    What a fusion, a reduction or a `-start` calls is part of it and not visited. A loop whose length is not known
+    counts once, and all branches of a conditional count.
     """
 
     def inside(name: str, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
