@@ -270,6 +270,10 @@ def test_padding_to_the_matrix_unit_wastes_what_does_not_divide():
 
 def test_what_a_kernel_says_of_itself_may_take_several_lines():
     written = """HloModule program, num_partitions=2
+%elsewhere (q: f32[4]) -> f32[4] {
+  ROOT %q = f32[4]{0} parameter(0)
+}, execution_thread="sparsecore"
+
 ENTRY %main (p: f32[4]) -> f32[4] {
   %p = f32[4]{0} parameter(0)
   ROOT %kernel = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"sizes": {
@@ -279,5 +283,6 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
     module = compiled_program.parse(written)
     main = module.computations[module.entry]
+    assert list(module.computations) == ["elsewhere", "main"]
     assert main.root == "kernel" and list(main.instructions) == ["p", "kernel"]
     assert main.instructions["kernel"].op_name == "attention/kernel"

@@ -159,7 +159,7 @@ def parse(text: str) -> Module:
             if header and not line.startswith("HloModule"):
                 name, inside, root = header[2], {}, ""
                 entry = name if header[1] else entry
-        elif line == "}" or line.startswith("} "):
+        elif line == "}" or line.startswith("}, execution_thread="):
             computations[name] = Computation(name, inside, root)
             name = ""
         else:
