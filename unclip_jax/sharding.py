@@ -228,6 +228,13 @@ def _scattered(used, stored, _, gradient):
 _gathered.defvjp(lambda weight, used, stored: (_gathered(weight, used, stored), None), _scattered)
 
 
+def is_split(name: str) -> bool:
+    """Whether the mesh that code is traced on splits this logical axis other than by batches' axes."""
+    placement = _PLACEMENT.get()
+    axis = dict(placement.rules).get(name) if placement else None
+    return placement is not None and axis is not None and axis not in BATCH_AXES and placement.mesh.shape[axis] > 1
+
+
 def laid(x: jax.Array, names: Sequence[str | None] = ("batch",)) -> jax.Array:
     """Returns an activation, split by its axes' names: "batch" over replicas, others by the table or not at all."""
     placement = _PLACEMENT.get()
