@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unclip_jax import sharding
 from unclip_jax.models import layers, transformer
 
 
@@ -103,3 +104,30 @@ def test_cached_tokens_equal_a_causal_pass():
         parts.append(y)
     assert int(cache.filled) == 7
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["as one matrix", "heads over a mesh"])
+def test_layers_of_heads_are_products_over_their_axes(split):
+    rng = np.random.default_rng(0)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    rules = (("embed", "fsdp"), ("heads", "model")) if split else (("embed", "fsdp"),)
+    x = jnp.asarray(rng.standard_normal((4, 5, 8)), jnp.float32)
+    apart, joined = layers.split_heads(3, 2, 6), layers.join_heads(8)
+    weights = [
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 3, 2, 6), (3, 2, 6), (2, 6, 8), (8,))
+    ]
+
+    def through(x, weights):
+        kernel, bias, back, offset = weights
+        with sharding.on(mesh, rules):
+            y = apart.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+            return joined.apply({"params": {"kernel": back, "bias": offset}}, y[:, :, 1])
+
+    def by_hand(x, weights):
+        kernel, bias, back, offset = weights
+        y = jnp.einsum("bnd,dchk->bnchk", x, kernel) + bias
+        return jnp.einsum("bnhk,hkd->bnd", y[:, :, 1], back) + offset
+
+    np.testing.assert_allclose(jax.jit(through)(x, weights), by_hand(x, weights), atol=1e-5)
+    found, wanted = (jax.grad(lambda w, f=f: jnp.square(f(x, w)).sum())(weights) for f in (through, by_hand))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)

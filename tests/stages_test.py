@@ -206,7 +206,8 @@ def test_the_step_on_a_mesh_of_2x2x2_equals_the_step_on_one_device(case):
         for axis in leaf.sharding.spec
         if leaf.addressable_shards[0].data.size < leaf.size
     }
-    assert {"fsdp", "model"} <= split
+    # An upsampler's weights are split by fsdp alone, and "model" has the rows of its images.
+    assert {axis for name, axis in program.config.sharding if name != "height"} <= split
     on_mesh, mesh_report = case.compiled(program)(
         state, case.frozen(program), sharding.put_batch(case.batch(0), program.batch_sharding)
     )

@@ -56,22 +56,24 @@ def _using(product: Callable[..., jax.Array], axes: Sequence[str | None]) -> Cal
     return gathering
 
 
-def _matrix_product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-    """`dot_general` of x's last axes with the kernel's first, as a product of two matrices.
+def _heads_product(axes: Sequence[str | None], contracted: int) -> Callable[..., jax.Array]:
+    """Returns a product of x's last axes with a kernel's first `contracted`, as of two matrices.
 
     Left with heads as axes of their own, a TPU's compiler computes them one by one, and a head is a quarter as wide as
     the matrix unit. Where the mesh splits heads over `model` they stay apart, for they cannot be merged in pieces.
     """
-    (contracted, firsts), (batch, _) = dimension_numbers
-    count = len(firsts)
-    last = tuple(range(x.ndim - count, x.ndim))
-    if batch or tuple(contracted) != last or tuple(firsts) != tuple(range(count)) or sharding.is_split("heads"):
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-    outputs = kernel.shape[count:]
-    rows = x.reshape(*x.shape[: x.ndim - count], -1)
-    flat = kernel.reshape(rows.shape[-1], -1)
-    y = jax.lax.dot_general(rows, flat, (((rows.ndim - 1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[: x.ndim - count], *outputs)
+
+    def product(x, kernel, dimension_numbers, **options):
+        if sharding.is_split("heads"):
+            return jax.lax.dot_general(x, sharding.whole(kernel, axes), dimension_numbers, **options)
+        matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)
+        matrix = sharding.whole(matrix, [name if name == "embed" else None for name in (axes[0], axes[-1])])
+        before = x.shape[: x.ndim - contracted]
+        rows = x.reshape(*before, -1)
+        y = jax.lax.dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), **options)
+        return y.reshape(*before, *kernel.shape[contracted:])
+
+    return product
 
 
 def dense(
@@ -117,7 +119,7 @@ def split_heads(
         # DenseGeneral hands its initializer the kernel as [in, out], so fan-in is what it should be.
         kernel_init=_boxed(_kernel_init(1.0), axes),
         bias_init=_boxed(nn.initializers.zeros, (None, "heads", "kv")),
-        dot_general=_using(_matrix_product, axes),
+        dot_general=_heads_product(axes, 1),
         name=name,
     )
 
@@ -133,7 +135,7 @@ def join_heads(
         dtype=dtype,
         kernel_init=_boxed(_kernel_init(scale), axes),
         bias_init=_boxed(nn.initializers.zeros, (None,)),
-        dot_general=_using(_matrix_product, axes),
+        dot_general=_heads_product(axes, 2),
         name=name,
     )
 
