@@ -55,7 +55,11 @@ fi
 need_tools sbatch squeue scontrol scancel
 
 # The job of this name that is queued or runs; nothing where there is none.
-job_number() { squeue --me --noheader "--name=${option[name]}" --format=%i | head -n 1; }
+job_number() {
+  local numbers
+  numbers=$(squeue --me --noheader "--name=${option[name]}" --format=%i) || return
+  printf '%s\n' "${numbers%%$'\n'*}"
+}
 
 submit() {
   local number=${option[cpus]} name

@@ -48,4 +48,4 @@ def test_the_types_in_signatures_are_enforced_in_tests():
 
 def test_tests_run_on_eight_devices():
     assert jax.device_count() == 8 and jax.default_backend() == "cpu"
-    assert sharding.make_mesh({"data": -1}).shape == {"data": 8, "fsdp": 1, "model": 1}
+    assert sharding.make_mesh({"data": -1}).shape == {"slice": 1, "data": 8, "fsdp": 1, "model": 1}

@@ -52,8 +52,10 @@ def count(fn: Callable[..., Any], *arguments: Any) -> Counter[Scope]:
       arguments: arrays, or ShapeDtypeStructs in their place.
 
     Returns:
-      Scope -> operations; () for those outside of any module. A `scan` counts its body as often as it runs, a `cond`
-      its most expensive branch, and a `while`, whose length nobody knows beforehand, its body once.
+      Scope -> operations; () for those outside of any module. A `scan` counts its body as often as it runs, and a
+      `while`, whose length nobody knows beforehand, its body once. A `cond` counts its most expensive branch; but of
+      branches for several kinds of device, which compute the same, some of them parts of it twice, the cheapest that
+      has any. A kernel counts nothing.
     """
     counts: Counter[Scope] = Counter()
     for scope, product in products(jax.make_jaxpr(fn)(*arguments).jaxpr):
@@ -76,13 +78,23 @@ def _products(jaxpr: core.Jaxpr, scope: Scope, times: int) -> Iterator[tuple[Sco
             product = operation(equation)
             yield here, dataclasses.replace(product, times=times * product.times)
             continue
+        if equation.primitive.name == "pallas_call":
+            continue
         bodies = list(_bodies(equation))
         if equation.primitive.name == "cond":
             branches = [list(_products(body, here, times)) for body in bodies]
-            yield from max(branches, key=lambda branch: sum(product.flops for _, product in branch))
+            counted = [branch for branch in branches if branch] or [[]]
+            choose = max if _asks_a_question(jaxpr, equation) else min
+            yield from choose(counted, key=lambda branch: sum(product.flops for _, product in branch))
             continue
         for body in bodies:
             yield from _products(body, here, times * _repetitions(equation))
+
+
+def _asks_a_question(jaxpr: core.Jaxpr, cond: core.JaxprEqn) -> bool:
+    """Whether a `cond` is of a boolean, not of the number of a platform or of a case."""
+    made = [equation for equation in jaxpr.eqns if cond.invars[0] in equation.outvars]
+    return any(str(getattr(one.invars[0].aval, "dtype", "")) == "bool" for one in made if one.invars)
 
 
 def _bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
