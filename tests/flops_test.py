@@ -2,11 +2,12 @@
 
 import functools
 import json
-import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -158,14 +159,17 @@ def test_the_command_describes_three_billion_parameters_in_little_memory():
     command = [sys.executable, "-m", "unclip_jax.plan", "--config=configs/decoder.py:paper", "--describe", "--json"]
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)  # this process alone: others that tests start take more
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peak = 0
+        # Of this process alone: what the system says afterwards counts the memory of the one that started it.
+        while process.poll() is None:
+            match = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path(f"/proc/{process.pid}/status").read_text())
+            peak = max(peak, 1024 * int(match[1]) if match else 0)
+            time.sleep(0.02)
         printed.seek(0)
         found = json.loads(printed.read())
     assert found["parameters"] == described("decoder.py:paper").parameters
     assert found["modules"]["network"]["forward_flops_per_example"] == pytest.approx(1589e9, rel=0.01)
-    peak = usage.ru_maxrss * 1024
-    assert peak < 0.2 * 4 * found["parameters"], "the weights must not have been made"
+    assert 0 < peak < 0.2 * 4 * found["parameters"], "the weights must not have been made"
 
 
 @pytest.mark.parametrize(
