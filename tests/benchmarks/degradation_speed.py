@@ -23,8 +23,8 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from unclip_jax.data import bsr, resize  # noqa: E402
-from unclip_jax.data.examples import Examples, Preparation  # noqa: E402
+from unclip_jax.data import bsr, resize
+from unclip_jax.data.examples import Examples, Preparation
 
 # Examples a second of one chip at 40% of its peak, out of the stages' counted operations: 3.721 TFLOP for a crop of
 # 256 -> 1024 and 1.594 for one of 64 -> 256, over 459, 918 and 989 TFLOP/s.

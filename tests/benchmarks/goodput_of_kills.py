@@ -14,12 +14,14 @@ import random
 import sys
 import time
 
-sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[number]) for number in (1, 2)]
+# The tests' processes, and the package where it is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from training_processes import Training  # noqa: E402
+from training_processes import Training
 
-from unclip_jax import goodput, goodput_sums  # noqa: E402
-from unclip_jax.data import datasets  # noqa: E402
+from unclip_jax import goodput, goodput_sums
+from unclip_jax.data import datasets
 
 OPTIONS = ("--config.checkpoint.every_steps=50", "--config.log.every_steps=10")
 ROWS_A_START = 20  # 200 steps, on average half of that before a kill

@@ -30,13 +30,13 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from degradation_speed import jpeg, photograph  # noqa: E402
+from degradation_speed import jpeg, photograph
 
-from unclip_jax import config as configs  # noqa: E402
-from unclip_jax import prepare  # noqa: E402
-from unclip_jax.data import datasets, degradations, embedding_units, embeddings, examples, images, resize  # noqa: E402
-from unclip_jax.data.tokenizer import Tokenizer  # noqa: E402
-from unclip_jax.stages import base  # noqa: E402
+from unclip_jax import config as configs
+from unclip_jax import prepare
+from unclip_jax.data import datasets, degradations, embedding_units, embeddings, examples, images, resize
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.stages import base
 
 # Examples a second of one chip at 40% of its peak: 0.4 * peak / counted operations of training on one, without those of
 # the frozen CLIP. Peaks in TFLOP/s, operations in TFLOP; CLIP's are those of a step with SAM.

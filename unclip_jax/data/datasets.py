@@ -78,7 +78,7 @@ def open_source(directory: str, split: str, *, required: Sequence[str] = REQUIRE
     _check_split(builder, directory, split)
     try:
         return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    # TFDS's NotImplementedError: records in a format without random access, such as TFRecord.
+    # What TFDS raises of records in a format without random access, such as TFRecord.
     except (NotImplementedError, ValueError, OSError) as error:
         raise InputError(f"split {split!r} in {directory!r} cannot be opened: {error}") from error
 
