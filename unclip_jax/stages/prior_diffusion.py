@@ -169,7 +169,7 @@ class DiffusionPriorStage:
         """
         drawn = self.space.leave(self.draw(params, statistics, condition, null, keys), statistics)
         best = jnp.argmax(jnp.einsum("cbd,bd->cb", base.normalize(drawn), condition.z_t), 0)
-        return drawn[best, jnp.arange(len(best))]
+        return drawn[best, jnp.arange(best.shape[0])]
 
     def draw(
         self, params: base.Params, statistics: Any, condition: Condition, null: Condition | None, keys: ExampleKeys
