@@ -41,6 +41,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",
         "rich>=15.0.0",
+        "safetensors>=0.8.0",
         "scipy>=1.17.1",
         # clu's metric writers import it and do not ask for it.
         "tensorboard>=2.21.0",
@@ -70,6 +71,6 @@ setup(
             "ruff>=0.17.5",
         ],
         # Other people's implementations, for the tests that compare with them.
-        "parity": ["diffusers>=0.42.1", "safetensors>=0.8.0", "torch>=2.13.0", "transformers>=5.23.0"],
+        "parity": ["diffusers>=0.42.1", "torch>=2.13.0", "transformers>=5.23.0"],
     },
 )

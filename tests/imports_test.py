@@ -52,6 +52,9 @@ FORBIDDEN = re.compile(
     r"\bpickle\b|\bdill\b|torch\.load|allow_pickle|yaml\.(unsafe_)?load\b|\.extract(all)?\(|(?<![\w.])(eval|exec)\(|"
     r"os\.system|shell=True|mktemp\("
 )
+# interop/torch_files.py reads pickles of tensors through a reader of its own, which runs nothing that they name.
+PICKLES = re.compile(r"\bpickle\b")
+READS_PICKLES = "unclip_jax/interop/torch_files.py"
 # config.py runs the config file that the user names: a config is a program by design, and is loaded there only.
 # stages/base.py imports the stage that a config names, out of its own table of module names.
 RUNS_FILES = re.compile(r"exec_module|spec_from_file_location|runpy|import_module")
@@ -114,7 +117,8 @@ def test_configs_build_nothing(path):
 def test_no_file_runs_or_unpacks_what_it_reads(path):
     for number, line in enumerate(path.read_text().splitlines(), 1):
         code = line.partition("#")[0]
-        assert not FORBIDDEN.search(code), f"{relative(path)}:{number}: {line.strip()}"
+        held = PICKLES.sub("", code) if relative(path) == READS_PICKLES else code
+        assert not FORBIDDEN.search(held), f"{relative(path)}:{number}: {line.strip()}"
         if relative(path) not in MAY_RUN_FILES:
             assert not RUNS_FILES.search(code), f"{relative(path)}:{number}: {line.strip()}"
 
