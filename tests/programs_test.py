@@ -16,12 +16,12 @@ flags.DEFINE_integer("size", 1, "A size.")
 def main(argv):
     {body}
 
-programs.run(main)
+programs.run(main{options})
 """
 
 
-def run(body: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PROGRAM.format(body=body), *arguments]
+def run(body: str, *arguments: str, options: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", PROGRAM.format(body=body, options=options), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -57,6 +57,16 @@ def test_a_wrong_flag_is_bad_input(argument, says):
 
 def test_flags_reach_main():
     assert run("print(flags.FLAGS.size)", "--size=3").stdout == "3\n"
+
+
+def test_one_command_may_come_first():
+    def asked(*arguments):
+        return run("print(argv[1:], flags.FLAGS.size)", *arguments, options=', commands=("fit", "apply")')
+
+    assert asked("apply", "--size=3").stdout == "['apply'] 3\n"
+    assert asked().stdout == "[] 1\n"
+    assert asked("aply").stderr == "error: there is no command 'aply'; did you mean 'apply'?\n"
+    assert "unexpected argument 'more'" in asked("apply", "more").stderr
 
 
 def test_the_log_has_this_package_and_of_libraries_only_warnings():

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 bad input (one sentence on stderr), a bug (a traceback), a
 another process died without a word; run the same command again.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -15,18 +16,22 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from unclip_jax import hosts
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, nearest
 
 DONE, FAILED, REQUEUE = 0, 1, 42
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(main: Callable[[Sequence[str]], int | None], *, commands: Sequence[str] = ()) -> None:
     """Parses flags, runs `main(argv)` and exits with its status; InputError becomes one line on stderr.
 
     One of several hosts that fails ends all of them, and what it failed of stands in its run's folder.
+
+    Args:
+      main: gets the program's name and, where one was given, the command.
+      commands: words of which one may be the first argument: `python -m unclip_jax.preferences apply --probe=…`.
     """
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=functools.partial(_parse, commands=commands))
     except InputError as error:
         print(f"{_host()}error: {error}", file=sys.stderr)
         if hosts.count() > 1:
@@ -44,7 +49,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         raise
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], *, commands: Sequence[str] = ()) -> list[str]:
     """Parses flags; what a config file or an override gets wrong is the user's input, so it becomes one sentence."""
     try:
         remaining = flags.FLAGS(argv)
@@ -53,8 +58,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise InputError(" ".join(message.split())) from error
-    if len(remaining) > 1:
-        raise InputError(f"unexpected argument {remaining[1]!r}; options are written --name=value")
+    if len(remaining) > 1 and commands and remaining[1] not in commands:
+        raise InputError(f"there is no command {remaining[1]!r}; {nearest(remaining[1], commands)}")
+    if len(remaining) > (2 if commands else 1):
+        raise InputError(f"unexpected argument {remaining[-1]!r}; options are written --name=value")
     return remaining
 
 
