@@ -12,12 +12,12 @@ import optax
 from ml_collections import ConfigDict
 from small_configs import small
 
-from unclip_jax import checkpoint, digests, unclip
+from unclip_jax import checkpoint, digests, parts, unclip
 from unclip_jax import config as configs
 from unclip_jax.stages import base
 from unclip_jax.state import TrainState
 
-CASES = {name: "upsampler" if name == "upsampler_1" else name for name in unclip.STAGES}
+CASES = {name: "upsampler" if name.startswith("upsampler_1") else name for name in unclip.STAGES}
 
 
 def write(folder: pathlib.Path, name: str, *, seed: int = 0, **overrides: Any) -> pathlib.Path:
@@ -58,7 +58,8 @@ def _weights(rng: np.random.Generator, path: Any, shape: tuple[int, ...]) -> jax
 
 
 def write_all(folder: pathlib.Path) -> pathlib.Path:
-    """Writes all six parts; returns the folder."""
+    """Writes all six parts of the paper; returns the folder."""
     for name in unclip.STAGES:
-        write(folder, name)
+        if name not in parts.LAST.values():
+            write(folder, name)
     return folder

@@ -76,7 +76,7 @@ def describe(config: ConfigDict) -> Description:
     params = nn.meta.unbox(jax.eval_shape(stage.init, key))
     frozen = nn.meta.unbox(jax.eval_shape(stage.init_frozen, key))
     tree = params["params"]
-    frozen_class = type(stage.clip).__name__ if frozen else ""
+    frozen_class = type(stage.clip).__name__ if "clip" in frozen else ""
     loss = functools.partial(stage.loss, train=True)
     trained, others = _split(flops.count(loss, params, frozen, stage.batch_spec(_TRACED), key), frozen_class, tree)
     sampling = {}

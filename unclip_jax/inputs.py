@@ -353,7 +353,9 @@ def load_frozen(program: Program) -> dict[str, Any]:
             )
 
         def abstract(config, tree=tree, name=name, workdir=workdir):
-            differing = base.clip_differences(there=config.model, here=program.config[name])
+            # Other networks than CLIP are described by the run's own config, and by the shapes of their weights.
+            described = name in program.config
+            differing = base.clip_differences(there=config.model, here=program.config[name]) if described else []
             if differing:
                 raise InputError(f"the network in {workdir} is not config.{name}: {'; '.join(differing)}")
             return tree, {}

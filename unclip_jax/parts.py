@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +27,10 @@ STAGES = {
     "decoder": "decoder",
     "upsampler_1": "upsampler",
     "upsampler_2": "upsampler",
+    "upsampler_1_last": "upsampler",
 }
+# Upsamplers that take no place in the cascade, but the last steps of another (`sampling.last_steps`): it -> they.
+LAST = {"upsampler_1": "upsampler_1_last"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Part:
 def missing(name: str, models: str) -> str:
     """Returns the sentence that says a part is not there, with the command that trains it."""
     folder = epath.Path(models or "runs/mine")
-    config = f"configs/{STAGES[name]}.py:tiny" + (f"_{name[-1]}" if STAGES[name] == "upsampler" else "")
+    config = f"configs/{STAGES[name]}.py:tiny" + (f"_{name.split('_')[1]}" if STAGES[name] == "upsampler" else "")
     command = f"python -m unclip_jax.train --config={config} --workdir={folder / name}"
     if STAGES[name] not in ("clip", "upsampler"):
         command += f" --config.frozen.clip={folder / 'clip'}"
@@ -157,9 +160,49 @@ def _check_weights(part: Part, clip: Part) -> None:
         )
 
 
+def raw_embeddings(part: Part) -> bool:
+    """Whether a part works on embeddings as CLIP's heads return them, not on those of length 1."""
+    return part.config.get("embedding", {}).get("norm", "unit") == "raw"
+
+
+def check_units(parts: Mapping[str, Part]) -> None:
+    """Priors must make embeddings of the length that the decoder was trained on."""
+    decoder = parts.get("decoder")
+    if decoder is None or not decoder.config.model.embed_dim:
+        return
+    for name, part in parts.items():
+        if STAGES[name].startswith("prior_") and raw_embeddings(part) != raw_embeddings(decoder):
+            lengths = ["as CLIP returns them" if raw_embeddings(p) else "of length 1" for p in (part, decoder)]
+            raise InputError(
+                f"{name} ({part.workdir}) makes embeddings {lengths[0]}, the decoder ({decoder.workdir}) knows those "
+                f"{lengths[1]}; train both with the same config.embedding.norm"
+            )
+
+
+def frozen_of(part: Part, there: Collection[str]) -> dict[str, str]:
+    """Returns the networks that a part's functions read beside its own: the stage's name of each -> the part it is.
+
+    Raises:
+      InputError: another network takes the last steps of this one, and is not among the parts that are there.
+    """
+    if part.name == "clip":
+        return {}
+    frozen = {"clip": "clip"} if "clip" in there else {}
+    last_steps = part.config.get("sampling", {}).get("last_steps", 0)
+    if last_steps:
+        last = LAST.get(part.name, "")
+        if last not in there:
+            raise InputError(
+                f"another network takes the last {last_steps} steps of {part.name} ({part.workdir}), and "
+                f"{last or 'such a part'} is not there; set sampling.last_steps to 0 to do without it"
+            )
+        frozen["last"] = last
+    return frozen
+
+
 def check_sizes(parts: Mapping[str, Part]) -> None:
     """Each upsampler must take what the part before it makes."""
-    cascade = [name for name in parts if STAGES[name] in ("decoder", "upsampler")]
+    cascade = [name for name in parts if STAGES[name] in ("decoder", "upsampler") and name not in LAST.values()]
     for before, name in zip(cascade, cascade[1:], strict=False):
         stages: list[Any] = [parts[before].stage, parts[name].stage]
         if stages[0].side != stages[1].low_res_side:

@@ -4,17 +4,35 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
 
 from unclip_jax import sharding
 from unclip_jax.errors import InputError
-from unclip_jax.parts import STAGES, Part
+from unclip_jax.parts import STAGES, Part, frozen_of
 
 # Called after each batch with (part, examples done, examples in all).
 Progress = Callable[[str, int, int], None]
+# Part -> the noise [n, ...] that its sampling starts from, and that [n, steps, ...] of its steps (`stages.base.noise`).
+Noise = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+class Drawing(TypedDict, total=False):
+    """How n things are drawn; may all be left out.
+
+    Attributes:
+      seed: any integer from 0 to 2^32 - 1; 0 by default.
+      ids: n integers, uint32, which with the seed name the noise; 0 … n - 1 by default.
+      noise: by part, what is given in its place.
+      progress: called with (part, things done, n) after each batch.
+    """
+
+    seed: int
+    ids: Sequence[int] | None
+    noise: Noise | None
+    progress: Progress | None
 
 
 @dataclasses.dataclass
@@ -43,12 +61,10 @@ class Predictor:
         name: str,
         function: str,
         fields: Mapping[str, np.ndarray],
-        *,
-        seed: int = 0,
-        ids: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        **drawing: Unpack[Drawing],
     ) -> np.ndarray:
         """Runs one predict function over n examples in microbatches, the last one filled up."""
+        ids, noise, progress = drawing.get("ids"), drawing.get("noise"), drawing.get("progress")
         part, timing = self._parts[name], self.timings[name]
         count = len(next(iter(fields.values()))) if fields else len(ids or ())
         numbers = np.asarray(range(count) if ids is None else ids, np.uint32)
@@ -57,8 +73,10 @@ class Predictor:
         if not count:
             raise InputError("there is nothing to make: give at least one caption, embedding or image")
         numbered = "id" in part.stage.predict_specs(self.microbatch)[function]
-        whole = {**fields, "id": numbers} if numbered else fields
-        rng = jax.random.fold_in(jax.random.key(seed), list(STAGES).index(name))
+        whole = {**fields, "id": numbers} if numbered else dict(fields)
+        if noise and name in noise:
+            whole |= {field: np.asarray(x, np.float32) for field, x in zip(("x_T", "noise"), noise[name], strict=True)}
+        rng = jax.random.fold_in(jax.random.key(drawing.get("seed", 0)), list(STAGES).index(name))
         made = []
         for start in range(0, count, self.microbatch):
             rows = np.minimum(np.arange(start, start + self.microbatch), count - 1)
@@ -80,7 +98,7 @@ class Predictor:
         """Returns the compiled predict function as fn(batch, rng); compiled once for each shape of batch."""
         placed = sharding.batch_sharding(self._mesh)
         same = sharding.replicated(self._mesh)
-        frozen = {"clip": self._parts["clip"].params} if "clip" in self._parts and part.name != "clip" else {}
+        frozen = {known: self._parts[name].params for known, name in frozen_of(part, self._parts).items()}
         frozen["statistics"] = part.statistics
         key = (part.name, function, tuple((field, x.shape) for field, x in batch.items()))
         if key not in self._programs:

@@ -11,19 +11,21 @@ the one before it makes; that is checked before anything is computed.
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from unclip_jax import parts as parts_lib
 from unclip_jax import sharding
+from unclip_jax.arrays import to_uint8
 from unclip_jax.data import resize
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.parts import STAGES, Part
-from unclip_jax.predictor import Predictor, Progress
+from unclip_jax.predictor import Drawing, Predictor
 
 # What turns a caption into z_i: a prior, or nothing. "none" puts z_t itself in z_i's place (section 5.1), and "dropped"
 # drops the embedding as training does, so that the caption alone is left (figure 8, first row).
@@ -32,6 +34,8 @@ PRIORS = {"diffusion": "prior_diffusion", "ar": "prior_ar", "none": None, "dropp
 Vectors = Float[np.ndarray, "b d"]
 # Sides are free, for what comes out of a stage is larger than what goes in.
 Pixels = UInt8[np.ndarray, "b _ _ 3"]
+# What a decoder that rounds nothing hands on, in [-1, 1].
+Exact = Float[np.ndarray, "b _ _ 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Generation:
     """What `generate` made of n captions.
 
     Attributes:
-      z_i: the embeddings that were decoded, normalised, float32 [n, d]; None where they were dropped.
+      z_i: the embeddings that were decoded, float32 [n, d]; None where they were dropped.
       images: part -> uint8 [n, s, s, 3], the decoder's and every upsampler's, in that order.
       seconds: part -> seconds that this call spent in it, without compilation.
     """
@@ -102,6 +106,9 @@ class UnCLIP:
         self._tokenizers: dict[str, Tokenizer] = {}
         parts_lib.check_clip(self.parts)
         parts_lib.check_sizes(self.parts)
+        parts_lib.check_units(self.parts)
+        for part in self.parts.values():
+            parts_lib.frozen_of(part, self.parts)
 
     @classmethod
     def load(
@@ -150,7 +157,13 @@ class UnCLIP:
     @property
     def upsamplers(self) -> list[str]:
         """Names of the upsamplers that are there, in the order of the cascade."""
-        return [name for name in self.parts if STAGES[name] == "upsampler"]
+        last = parts_lib.LAST.values()
+        return [name for name in self.parts if STAGES[name] == "upsampler" and name not in last]
+
+    @property
+    def _raw(self) -> str:
+        """Prefix of CLIP's functions that return embeddings of the length that the other parts know."""
+        return "raw_" if any(parts_lib.raw_embeddings(part) for part in self.parts.values()) else ""
 
     def part(self, name: str) -> Part:
         """Returns a part.
@@ -210,16 +223,16 @@ class UnCLIP:
         return tokenizer.encode(captions, context_length)
 
     def embed_text(self, captions: Sequence[str]) -> Vectors:
-        """Returns z_t, normalised, float32 [n, d]."""
+        """Returns z_t, float32 [n, d]; of length 1, or as CLIP returns it where the other parts have it so."""
         stage: Any = self.part("clip").stage
         tokens = self.tokenize(captions, "clip", context_length=stage.network.context_length)
-        return self.predictor.run("clip", "z_t", {"clip_tokens": tokens})
+        return self.predictor.run("clip", f"{self._raw}z_t", {"clip_tokens": tokens})
 
     def embed_images(self, images: Pixels) -> Vectors:
-        """Returns z_i, normalised, float32 [n, d], of images of any size: their central squares, at CLIP's size."""
+        """Returns z_i, long as `embed_text`'s, float32 [n, d], of images: their central squares, at CLIP's size."""
         stage: Any = self.part("clip").stage
         small = [resize.square(image, size=stage.network.image_size) for image in images]
-        return self.predictor.run("clip", "z_i", {"clip_image": np.stack(small)})
+        return self.predictor.run("clip", f"{self._raw}z_i", {"clip_image": np.stack(small)})
 
     def prior_fields(self, captions: Sequence[str], name: str) -> dict[str, np.ndarray]:
         """Returns what a prior, named as in STAGES, reads of captions: token ids, int32 [n, …]."""
@@ -235,18 +248,15 @@ class UnCLIP:
         *,
         prior: str = "diffusion",
         negative: str | None = None,
-        seed: int = 0,
-        ids: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        **drawing: Unpack[Drawing],
     ) -> Vectors:
-        """Returns one z_i per caption, normalised, float32 [n, d].
+        """Returns one z_i per caption, float32 [n, d].
 
         Args:
           captions: n captions.
           prior: a key of PRIORS but "dropped"; "none" returns z_t.
           negative: a caption to steer away from, in place of the empty one.
-          seed, ids: name the noise; ids are 0 … n - 1 by default.
-          progress: told after each batch.
+          drawing: see Drawing.
 
         Raises:
           InputError: unknown prior, or it is not there; or a negative prompt for a prior that is not guided.
@@ -260,7 +270,7 @@ class UnCLIP:
         if negative is not None:
             away = self.prior_fields([negative] * len(captions), name)
             fields |= {f"negative_{field}": tokens for field, tokens in away.items()}
-        return self.predictor.run(name, "sample_z_i", fields, seed=seed, ids=ids, progress=progress)
+        return self.predictor.run(name, "sample_z_i", fields, **drawing)
 
     def decode(
         self,
@@ -268,17 +278,17 @@ class UnCLIP:
         captions: Sequence[str],
         *,
         negative: str | None = None,
-        seed: int = 0,
-        ids: Sequence[int] | None = None,
-        progress: Progress | None = None,
-    ) -> Pixels:
+        **drawing: Unpack[Drawing],
+    ) -> Pixels | Exact:
         """Returns the decoder's images of embeddings and captions, uint8 [n, s, s, 3].
 
+        A decoder that does not round (`config.round_pixels`) returns them float32 in [-1, 1].
+
         Args:
-          z_i: normalised embeddings, float32 [n, d]; None drops them.
+          z_i: embeddings, float32 [n, d]; None drops them.
           captions: n captions; a decoder trained without captions ignores them.
           negative: a caption to steer away from, in place of the empty one.
-          seed, ids, progress: as in `sample_prior`.
+          drawing: see Drawing.
 
         Raises:
           InputError: embeddings of another width, or not as many as captions; or a negative prompt for a decoder that
@@ -296,9 +306,9 @@ class UnCLIP:
             fields["tokens"] = self.tokenize(captions, "decoder", context_length=stage.context_length)
         if negative is not None:
             fields |= self._negative_fields(negative, len(captions))
-        if not fields and ids is None:  # an unconditional decoder still has to know how many images
-            ids = range(len(captions))
-        return self.predictor.run("decoder", "sample", fields, seed=seed, ids=ids, progress=progress)
+        if not fields and drawing.get("ids") is None:  # an unconditional decoder still has to know how many images
+            drawing["ids"] = range(len(captions))
+        return self.predictor.run("decoder", "sample" if stage.rounds else "pixels", fields, **drawing)
 
     def _negative_fields(self, negative: str, count: int) -> dict[str, np.ndarray]:
         """What the decoder's null branch reads of a negative prompt: all that a caption gives it."""
@@ -314,13 +324,11 @@ class UnCLIP:
             fields["negative_z_t"] = np.repeat(self.embed_text([negative]), count, axis=0)
         return fields
 
-    def upsample(
-        self, images: Pixels, *, seed: int = 0, ids: Sequence[int] | None = None, progress: Progress | None = None
-    ) -> dict[str, Pixels]:
+    def upsample(self, images: Pixels | Exact, **drawing: Unpack[Drawing]) -> dict[str, Pixels]:
         """Returns upsampler -> uint8 images of its size, for each upsampler that is there, in the cascade's order."""
         made = {}
         for name in self.upsamplers:
-            images = self.predictor.run(name, "sample", {"low_res": images}, seed=seed, ids=ids, progress=progress)
+            images = self.predictor.run(name, "sample", {"low_res": images}, **drawing)
             made[name] = images
         return made
 
@@ -328,11 +336,9 @@ class UnCLIP:
         self,
         captions: Sequence[str],
         *,
-        seed: int = 0,
-        ids: Sequence[int] | None = None,
         prior: str = "diffusion",
         negative: str | None = None,
-        progress: Progress | None = None,
+        **drawing: Unpack[Drawing],
     ) -> Generation:
         """Returns one image per caption, of every stage.
 
@@ -340,11 +346,9 @@ class UnCLIP:
 
         Args:
           captions: n captions.
-          seed: any integer from 0 to 2^32 - 1.
-          ids: n integers, uint32; 0 … n - 1 by default.
           prior: a key of PRIORS.
           negative: a caption to steer away from, in place of the empty one; read by the parts that `steered` names.
-          progress: called with (part, images done, n) after each batch.
+          drawing: see Drawing.
 
         Raises:
           InputError: a part is missing, or the arguments do not fit each other.
@@ -355,9 +359,39 @@ class UnCLIP:
         z_i = None
         if prior != "dropped":
             away = said.get(PRIORS[prior] or "")
-            z_i = self.sample_prior(captions, prior=prior, negative=away, seed=seed, ids=ids, progress=progress)
-        away = said.get("decoder")
-        images = {"decoder": self.decode(z_i, captions, negative=away, seed=seed, ids=ids, progress=progress)}
-        images |= self.upsample(images["decoder"], seed=seed, ids=ids, progress=progress)
+            z_i = self.sample_prior(captions, prior=prior, negative=away, **drawing)
+        return self._drawn(z_i, captions, before, said.get("decoder"), drawing)
+
+    def vary(self, images: Pixels, captions: Sequence[str] | None = None, **drawing: Unpack[Drawing]) -> Generation:
+        """Returns variations: for each of these images one that shares its z_i (section 3.1), of every stage.
+
+        Args:
+          images: uint8 [n, h, w, 3]; their central squares are embedded.
+          captions: what the decoder reads beside; by default the empty one.
+          drawing: see Drawing.
+
+        Raises:
+          InputError: the decoder draws from no embeddings of images, or CLIP has no image tower.
+        """
+        before = {name: timing.seconds for name, timing in self.timings.items()}
+        part = self.part("decoder")
+        stage: Any = part.stage
+        if not stage.embed_dim or stage.condition == "text":
+            raise InputError(f"the decoder in {part.workdir} draws from no embeddings of images, so it varies none")
+        said = [""] * len(images) if captions is None else captions
+        return self._drawn(self.embed_images(images), said, before, None, drawing)
+
+    def _drawn(
+        self,
+        z_i: Vectors | None,
+        captions: Sequence[str],
+        before: Mapping[str, float],
+        negative: str | None,
+        drawing: Drawing,
+    ) -> Generation:
+        """Decoder and upsamplers; `before` is what the parts had taken when the caller began."""
+        small = self.decode(z_i, captions, negative=negative, **drawing)
+        rounded = small if small.dtype == np.uint8 else np.asarray(to_uint8(jnp.asarray(small)))
+        images = {"decoder": rounded, **self.upsample(small, **drawing)}
         spent = {name: timing.seconds - before[name] for name, timing in self.timings.items()}
         return Generation(z_i, images, {name: seconds for name, seconds in spent.items() if seconds})

@@ -7,6 +7,7 @@ x at the next cleaner level, and its name in `METHODS`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,47 @@ QUANTILE = 0.995
 _INITIAL = 2**31 - 1
 
 
-def draw_noise(keys: ExampleKeys, shape: tuple[int, ...], *, step: int | Int[Array, ""]) -> AnyData:
-    """Standard normal float32 [b, *shape] of one step; an example's noise depends on its own key and the step only."""
+class GivenNoise(NamedTuple):
+    """Noise that is given, in place of keys to draw it from: what another implementation drew.
+
+    Attributes:
+      x_T: where sampling starts.
+      steps: standard normal, one after another as the steps use them; what stands after a sampler's last is not read.
+        None only for samplers that draw none.
+    """
+
+    x_T: Float[Array, "b *rest"]
+    steps: Float[Array, "b n *rest"] | None = None
+
+
+NoiseSource = ExampleKeys | GivenNoise
+
+
+def draw_noise(keys: NoiseSource, shape: tuple[int, ...], *, step: int | Int[Array, ""]) -> AnyData:
+    """Standard normal float32 [b, *shape] of one step; an example's noise depends on its own key and the step only.
+
+    Raises:
+      InputError: noise that is given has another shape, or none is given of steps.
+    """
+    if isinstance(keys, GivenNoise):
+        if keys.steps is None or keys.steps.shape[2:] != shape:
+            found = "none" if keys.steps is None else keys.steps.shape[2:]
+            raise InputError(f"each step of this sampler adds noise of shape {shape}; given is {found}")
+        return keys.steps[:, step]
     folded = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(folded)
 
 
-def initial_noise(keys: ExampleKeys, shape: tuple[int, ...]) -> AnyData:
-    """Draws x_T [b, *shape] from the same keys that `sample` takes; no step of `sample` draws this noise again."""
+def initial_noise(keys: NoiseSource, shape: tuple[int, ...]) -> AnyData:
+    """Draws x_T [b, *shape] from the same keys that `sample` takes; no step of `sample` draws this noise again.
+
+    Raises:
+      InputError: noise that is given has another shape.
+    """
+    if isinstance(keys, GivenNoise):
+        if keys.x_T.shape[1:] != shape:
+            raise InputError(f"sampling starts from noise of shape {shape}; given is {keys.x_T.shape[1:]}")
+        return keys.x_T
     return draw_noise(keys, shape, step=_INITIAL)
 
 
@@ -134,7 +168,7 @@ def sample(
     diffusion: GaussianDiffusion,
     denoise_fn: Denoiser,
     x_T: AnyData,
-    keys: ExampleKeys,
+    keys: NoiseSource,
     *,
     method: str = "ddpm",
     timesteps: int | str | Int[np.ndarray, "n"],
@@ -148,7 +182,7 @@ def sample(
       diffusion: the full process the network was trained on.
       denoise_fn: fn(x_t, t) -> the network's raw output, with t the original timestep, int32 [b].
       x_T: noise at the first of the timesteps; see `initial_noise`.
-      keys: one key per example; an example's sample does not depend on the batch it is in.
+      keys: one key per example; an example's sample does not depend on the batch it is in. Or the noise itself.
       method: a key of METHODS: "ddpm" (with the variance the process was trained with), "ddpm_small" and "ddpm_large"
         (with beta~ or beta, whatever it was trained with), "analytic", "ddim" or "dpmpp_2m".
       timesteps: a spec of `schedules.sampling_timesteps`, or original timesteps, descending.
@@ -158,11 +192,13 @@ def sample(
       x_start_variance: for "analytic": E |x_start - prediction|^2 per dimension at each original timestep, [T].
 
     Raises:
-      InputError: for an unknown method, timesteps the process does not have, an eta outside [0, 1], or "analytic"
-        without variances.
+      InputError: for an unknown method, timesteps the process does not have, an eta outside [0, 1], "analytic"
+        without variances, or given noise of too few steps.
     """
     process = check(diffusion, method=method, timesteps=timesteps, eta=eta, x_start_variance=x_start_variance)
     count, batch, shape = len(process.timesteps), x_T.shape[0], x_T.shape[1:]
+    if isinstance(keys, GivenNoise) and keys.steps is not None and keys.steps.shape[1] < count - 1:
+        raise InputError(f"{count} steps add noise {count - 1} times; given is that of {keys.steps.shape[1]}")
     x_T = x_T.astype(jnp.float32)
 
     def advance(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:

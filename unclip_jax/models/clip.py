@@ -26,6 +26,8 @@ class CLIP(nn.Module):
     Attributes: as in the towers; `vision_*` and `text_*` are each tower's own. Only `vision_layers` chooses:
       vision_layers: blocks in each stage of a ResNet, (3, 4, 6, 3) in RN50; () is the vision transformer. A ResNet
         has `vision_width` channels and `vision_heads` at its end, and none of the other `vision_*` nor `patch_size`.
+      image_tower: False for one that came without, with which captions can be read and nothing else: Karlo's text to
+        image has no need of more. The fields of that tower are not read then.
     """
 
     image_size: int
@@ -56,6 +58,7 @@ class CLIP(nn.Module):
     text_projection: str = "linear"
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
+    image_tower: bool = True
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
@@ -63,6 +66,8 @@ class CLIP(nn.Module):
         super().__post_init__()
         if len(self.mean) != 3 or len(self.std) != 3:
             raise InputError(f"CLIP's mean {tuple(self.mean)} and std {tuple(self.std)} are of red, green and blue")
+        if not self.image_tower:
+            return
         if not self.vision_layers:
             if not (self.patch_size and self.vision_depth):
                 raise InputError("CLIP's vision transformer needs patch_size and vision_depth, a ResNet vision_layers")
@@ -75,7 +80,9 @@ class CLIP(nn.Module):
             raise InputError(f"CLIP's vision_layers make a ResNet, which takes no {', '.join(given)}; leave out either")
 
     def setup(self):
-        if self.vision_layers:
+        if not self.image_tower:
+            pass
+        elif self.vision_layers:
             self.vision = ModifiedResNet(
                 image_size=self.image_size,
                 layers=self.vision_layers,
@@ -138,11 +145,19 @@ class CLIP(nn.Module):
 
     def read_image(self, images: Images) -> tuple[Embeddings, Float[Array, "b n k"]]:
         """Embeds images in [-1, 1], and returns the tower's last features too: see `__call__` of the towers."""
+        if not self.image_tower:
+            raise InputError("this CLIP has no image tower, it only reads captions: import it with its image encoder")
         return self.vision(images)
 
     def read_text(self, tokens: Tokens) -> tuple[Embeddings, Float[Array, "b n k"]]:
         """Embeds captions, and returns the features of each token after the final norm, float32 [b, n, text_width]."""
         return self.text(tokens)
+
+    def read_all(self, images: Images, tokens: Tokens) -> None:
+        """Calls each tower that is there once: for `init`."""
+        if self.image_tower:
+            self.encode_image(images)
+        self.encode_text(tokens)
 
     def __call__(self, images: Images, tokens: Tokens) -> tuple[Embeddings, Embeddings, Float[Array, ""]]:
         """Returns image embeddings, text embeddings (neither normalised) and the log of the logit scale.

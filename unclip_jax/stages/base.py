@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens, from_uint8
+from unclip_jax.diffusion import samplers
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.models.clip import CLIP
 
@@ -256,6 +257,16 @@ def negative(clip: CLIP, params: Params, batch: Batch) -> tuple[Tokens, Embeddin
 def example_keys(rng: Key[Array, ""], batch: Batch) -> ExampleKeys:
     """One key per example, from its `id`: an image is the same whatever batch it is made in."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, batch["id"])
+
+
+def noise(rng: Key[Array, ""], batch: Batch) -> samplers.NoiseSource:
+    """What an example's noise is drawn from, a key; or the noise itself, where the batch holds it.
+
+    It comes in the optional fields `x_T` [b, ...] and `noise` [b, steps, ...], shaped as what is sampled.
+    """
+    if "x_T" in batch:
+        return samplers.GivenNoise(batch["x_T"], batch.get("noise"))
+    return example_keys(rng, batch)
 
 
 def drop(rng: Key[Array, ""], rate: float, batch_size: int) -> Bool[Array, "b"]:

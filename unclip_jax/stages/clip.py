@@ -1,5 +1,6 @@
 """Stage "clip": contrastive training of the image and text towers (Radford et al., 2021)."""
 
+import functools
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def contrastive_loss(
 
 
 class CLIPStage:
-    """Trains CLIP; predicts `z_i` of images and `z_t` of captions."""
+    """Trains CLIP; predicts `z_i` of images and `z_t` of captions, of length 1, or `raw_…` as its heads return them."""
 
     splits_batch = False  # every other pair of the batch is a negative
 
@@ -58,12 +59,13 @@ class CLIPStage:
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         spec = self.batch_spec(batch_size)
-        return {"loss": spec, "z_i": {"clip_image": spec["clip_image"]}, "z_t": {"clip_tokens": spec["clip_tokens"]}}
+        image, tokens = ({name: spec[name]} for name in ("clip_image", "clip_tokens"))
+        return {"loss": spec, "z_i": image, "z_t": tokens, "raw_z_i": image, "raw_z_t": tokens}
 
     def init(self, rng: jax.Array) -> base.Params:
         n = self.network
         images = jnp.zeros((1, n.image_size, n.image_size, 3))
-        return n.init(rng, images, jnp.zeros((1, n.context_length), jnp.int32))
+        return n.init(rng, images, jnp.zeros((1, n.context_length), jnp.int32), method="read_all")
 
     def init_frozen(self, rng: jax.Array) -> dict[str, Any]:
         return {}
@@ -81,10 +83,11 @@ class CLIPStage:
         def loss(params, frozen, batch, rng):
             return self.loss(params, frozen, batch, rng, train=False)
 
-        def z_i(params, frozen, batch, rng):
-            return base.embed_images(self.network, params, batch["clip_image"])
+        def z_i(params, frozen, batch, rng, *, unit=True):
+            return base.embed_images(self.network, params, batch["clip_image"], unit=unit)
 
-        def z_t(params, frozen, batch, rng):
-            return base.embed_tokens(self.network, params, batch["clip_tokens"])
+        def z_t(params, frozen, batch, rng, *, unit=True):
+            return base.embed_tokens(self.network, params, batch["clip_tokens"], unit=unit)
 
-        return {"loss": loss, "z_i": z_i, "z_t": z_t}
+        raw = {f"raw_{fn.__name__}": functools.partial(fn, unit=False) for fn in (z_i, z_t)}
+        return {"loss": loss, "z_i": z_i, "z_t": z_t, **raw}

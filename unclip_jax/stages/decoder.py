@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens, from_uint8, to_uint8
+from unclip_jax.arrays import Embeddings, Tokens, from_uint8, to_uint8
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import check_negative, classifier_free
 from unclip_jax.errors import InputError
@@ -26,7 +26,9 @@ class DecoderStage:
 
     `config.condition` "text" is the text-embedding decoder of section 5.1: it is trained on z_t, and sampled with z_t
     in the field `z_i`. Two fields of "sample" are optional: without `z_i` the embedding is dropped, as in training;
-    `negative_tokens`, and `negative_z_t` if it reads text embeddings, are what guidance steers away from.
+    `negative_tokens`, and `negative_z_t` if it reads text embeddings, are what guidance steers away from. Noise may be
+    given, see `base.noise`. With `config.round_pixels` False "pixels" is there too: "sample" before it is rounded to
+    8 bits, which diffusers' pipelines never do between their stages.
     """
 
     splits_batch = True
@@ -49,6 +51,7 @@ class DecoderStage:
         self.context_length = text.context_length if text else 0
         self.vocab_size = text.vocab_size if text else 0
         self.clip_reads = self.network.caption == "clip"
+        self.rounds = config.get("round_pixels", True)
         self.precomputed = base.precomputed(config)
         self.unit = config.get("embedding", {}).get("norm", "unit") == "unit"
         if self.embed_dim or self.clip_reads:
@@ -94,7 +97,8 @@ class DecoderStage:
             sample["z_i"] = base.vectors(batch_size, self.embed_dim)
         spec = self._spec(batch_size)
         reconstruct = {name: spec[name] for name in spec if name != "image"}
-        return {"loss": spec, "sample": sample, "reconstruct": reconstruct}
+        exact = {} if self.rounds else {"pixels": sample}
+        return {"loss": spec, "sample": sample, "reconstruct": reconstruct, **exact}
 
     def init(self, rng: jax.Array) -> base.Params:
         image = jnp.zeros((1, self.side, self.side, 3))
@@ -162,7 +166,7 @@ class DecoderStage:
         frozen: Any,
         z_i: Embeddings | None,
         tokens: Tokens | None,
-        keys: ExampleKeys,
+        keys: samplers.NoiseSource,
         *,
         negative_tokens: Tokens | None = None,
         negative_z_t: Embeddings | None = None,
@@ -175,7 +179,7 @@ class DecoderStage:
           frozen: the CLIP that reads captions, where one does.
           z_i: CLIP embeddings, of images, or of texts where `condition` says so.
           tokens: captions.
-          keys: one per example.
+          keys: one per example, or the noise itself.
           negative_tokens: captions to steer away from, in place of the empty one.
           negative_z_t: their embeddings, in place of the null one; for a decoder that reads text embeddings. Of an
             image there is none: what the negative caption would look like is for a prior to say.
@@ -184,7 +188,7 @@ class DecoderStage:
         Raises:
           InputError: a negative prompt, but guidance_scale 1.
         """
-        n = keys.shape[0]
+        n = (keys.x_T if isinstance(keys, samplers.GivenNoise) else keys).shape[0]
         if negative_tokens is not None or negative_z_t is not None:
             check_negative(self.sampling.guidance_scale)
 
@@ -215,20 +219,24 @@ class DecoderStage:
         def loss(params, frozen, batch, rng):
             return self.loss(params, frozen, batch, rng, train=False)
 
-        def sample(params, frozen, batch, rng):
+        def pixels(params, frozen, batch, rng):
             images = self.sample(
                 params,
                 frozen,
                 batch.get("z_i"),
                 batch.get("tokens"),
-                base.example_keys(rng, batch),
+                base.noise(rng, batch),
                 negative_tokens=batch.get("negative_tokens"),
                 negative_z_t=batch.get("negative_z_t"),
             )
-            return to_uint8(images)
+            return jnp.clip(images, -1, 1)
+
+        def sample(params, frozen, batch, rng):
+            return to_uint8(pixels(params, frozen, batch, rng))
 
         def reconstruct(params, frozen, batch, rng):
             z_i = self._embed(frozen, batch)
             return to_uint8(self.sample(params, frozen, z_i, batch.get("tokens"), base.example_keys(rng, batch)))
 
-        return {"loss": loss, "sample": sample, "reconstruct": reconstruct}
+        exact = {} if self.rounds else {"pixels": pixels}
+        return {"loss": loss, "sample": sample, "reconstruct": reconstruct, **exact}

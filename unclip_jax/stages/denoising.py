@@ -48,9 +48,7 @@ def sampler(
       InputError: an unknown method, timesteps that the process does not have, an eta outside [0, 1], a threshold that
         is not one of `thresholds`, or "analytic" where `measures_variance` is False.
     """
-    # A number of steps, or a named subset such as "fast27".
-    timesteps = int(sampling.timesteps) if sampling.timesteps.isdigit() else sampling.timesteps
-    chosen = {"method": sampling.method, "timesteps": timesteps, "eta": sampling.eta}
+    chosen = {"method": sampling.method, "timesteps": timesteps(sampling), "eta": sampling.eta}
     if sampling.method == "analytic" and not measures_variance:
         others = sorted(set(samplers.METHODS) - {"analytic"})
         raise InputError(
@@ -67,6 +65,11 @@ def sampler(
         diffusion, threshold, quantile=sampling.get("quantile", samplers.QUANTILE)
     )
     return functools.partial(samplers.sample, diffusion, process_x_start=process_x_start, **chosen)
+
+
+def timesteps(sampling: ConfigDict) -> int | str:
+    """Returns how many steps `config.sampling` asks for, or a named subset such as "fast27"."""
+    return int(sampling.timesteps) if sampling.timesteps.isdigit() else sampling.timesteps
 
 
 def loss(
@@ -116,6 +119,6 @@ def x_start_errors(
 def init_clip(clip: CLIP, rng: Key[Array, ""]) -> base.Params:
     """Returns weights of a frozen CLIP, boxed with logical axis names."""
     images = jnp.zeros((1, clip.image_size, clip.image_size, 3))
-    params = clip.init(rng, images, jnp.zeros((1, clip.context_length), jnp.int32))
+    params = clip.init(rng, images, jnp.zeros((1, clip.context_length), jnp.int32), method="read_all")
     assert isinstance(nn.meta.unbox(params), dict)
     return params

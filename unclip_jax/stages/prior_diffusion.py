@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from unclip_jax.arrays import Embeddings, ExampleKeys, Tokens
+from unclip_jax.arrays import Embeddings, Tokens
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import check_negative, classifier_free
 from unclip_jax.errors import InputError
@@ -161,21 +161,39 @@ class DiffusionPriorStage:
         return self.network.apply(params, prefix, x_t, t, method="denoise")
 
     def sample(
-        self, params: base.Params, statistics: Any, condition: Condition, null: Condition | None, keys: ExampleKeys
+        self,
+        params: base.Params,
+        statistics: Any,
+        condition: Condition,
+        null: Condition | None,
+        keys: samplers.NoiseSource,
     ) -> Embeddings:
         """Returns one z_i per caption: of `sampling.candidates` draws, the one whose direction is nearest to z_t's.
 
         Guidance leads away from `null`: a negative caption, or what `null` returns.
+
+        Raises:
+          InputError: noise is given, which is that of one draw, but there are several candidates.
         """
         drawn = self.space.leave(self.draw(params, statistics, condition, null, keys), statistics)
         best = jnp.argmax(jnp.einsum("cbd,bd->cb", base.normalize(drawn), condition.z_t), 0)
         return drawn[best, jnp.arange(best.shape[0])]
 
     def draw(
-        self, params: base.Params, statistics: Any, condition: Condition, null: Condition | None, keys: ExampleKeys
+        self,
+        params: base.Params,
+        statistics: Any,
+        condition: Condition,
+        null: Condition | None,
+        keys: samplers.NoiseSource,
     ) -> Float[Array, "c b d"]:
         """Returns `sampling.candidates` draws of x_start for each caption, as the sampler leaves them."""
         d = condition.z_t.shape[1]
+        given = isinstance(keys, samplers.GivenNoise)
+        if given and self.sampling.candidates != 1:
+            raise InputError(
+                f"noise is given, which is that of one draw, but sampling.candidates={self.sampling.candidates}; set 1"
+            )
         denoiser = classifier_free(
             functools.partial(self._denoise, params),
             self._prefix(params, condition),
@@ -184,7 +202,7 @@ class DiffusionPriorStage:
         )
 
         def one(candidate):
-            own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, candidate)
+            own = keys if given else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, candidate)
             x_T = samplers.initial_noise(own, (d,))
             return self.sampler(denoiser, x_T, own, x_start_variance=statistics["x_start_variance"])
 
@@ -209,7 +227,7 @@ class DiffusionPriorStage:
         def given(frozen, batch, rng):
             condition = self.condition(frozen, batch)
             null = self._negative(frozen, batch) or self.null(frozen, condition.z_t.shape[0])
-            return frozen["statistics"], condition, null, base.example_keys(rng, batch)
+            return frozen["statistics"], condition, null, base.noise(rng, batch)
 
         def sample_z_i(params, frozen, batch, rng):
             return self.sample(params, *given(frozen, batch, rng))

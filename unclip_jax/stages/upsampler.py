@@ -1,7 +1,11 @@
 """Stage "upsampler": 64 -> 256 and 256 -> 1024, or any factor (appendix C).
 
-An unconditional diffusion model that sees the degraded low-resolution image, bilinearly enlarged, beside the noisy
-one. It has no attention, so it trains on crops of a quarter and samples whole images.
+An unconditional diffusion model that sees the degraded low-resolution image, enlarged, beside the noisy one. It has no
+attention, so it trains on crops of a quarter and samples whole images.
+
+Karlo's is one, too: it enlarges by bicubic interpolation (`enlarge`), and a second network of the same shape takes the
+last of its seven steps (`sampling.last_steps`). That one is trained by a run of its own, often from the first's
+weights, and is here a frozen network, `last`.
 """
 
 from typing import Any
@@ -11,15 +15,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from unclip_jax.arrays import ExampleKeys, from_uint8, to_uint8
+from unclip_jax.arrays import from_uint8, to_uint8
 from unclip_jax.diffusion import samplers
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, nearest
 from unclip_jax.models.unet import UNet
 from unclip_jax.stages import base, denoising
 
+# How the smaller image is enlarged, and JAX's name of it. Enlarged by JAX's, bicubic is PyTorch's with antialiasing.
+ENLARGE = {"bilinear": "linear", "bicubic": "cubic"}
+
+LowRes = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
+
 
 class UpsamplerStage:
-    """Trains p(x | low_res); predicts images of `image_size` from images of `low_res_size`."""
+    """Trains p(x | low_res); predicts images of `image_size` from images of `low_res_size`.
+
+    For "sample", `low_res` may also be float in [-1, 1], and noise may be given, see `base.noise`.
+    """
 
     splits_batch = True
     vocab_size = 0
@@ -30,6 +42,17 @@ class UpsamplerStage:
         self.temperature = config.sampling.temperature
         self.sampler = denoising.sampler(self.diffusion, config.sampling)
         self.side, self.low_res_side = config.unet.image_size, config.low_res_size
+        self.enlarge = config.get("enlarge", "bilinear")
+        if self.enlarge not in ENLARGE:
+            raise InputError(f"config.enlarge={self.enlarge!r} is unknown; {nearest(self.enlarge, ENLARGE)}")
+        self.last_steps, self.last_t = config.sampling.get("last_steps", 0), -1
+        if self.last_steps:
+            visited = samplers.check(
+                self.diffusion, method="ddpm", timesteps=denoising.timesteps(config.sampling), eta=0
+            ).timesteps
+            if self.last_steps > len(visited):
+                raise InputError(f"sampling.last_steps={self.last_steps}, but there are {len(visited)} steps in all")
+            self.last_t = int(visited[self.last_steps - 1])
         fraction = config.data.crop_fraction
         self.crop, self.low_res_crop = round(self.side * fraction), round(self.low_res_side * fraction)
         if self.side % self.low_res_side:
@@ -60,45 +83,60 @@ class UpsamplerStage:
         return self.network.init(rng, jnp.zeros((1, self.crop, self.crop, 6)), jnp.zeros((1,), jnp.int32))
 
     def init_frozen(self, rng: jax.Array) -> dict[str, Any]:
-        return {}
+        return {"last": self.init(rng)} if self.last_steps else {}
 
     def fit_statistics(self, over_data: base.OverData) -> tuple[dict[str, Any], dict[str, float]]:
         return {}, {}
 
-    def _denoiser(self, params, low_res: UInt8[Array, "b l l 3"], factor: int, *, train: bool, rngs):
+    def _enlarged(self, low_res: LowRes) -> Float[Array, "b h2 w2 3"]:
         b, h, w, _ = low_res.shape
-        enlarged = jax.image.resize(from_uint8(low_res), (b, h * factor, w * factor, 3), "linear")
-
-        def denoise(x_t, t):
-            x = jnp.concatenate([x_t, enlarged], -1)
-            return self.network.apply(params, x, t, deterministic=not train, rngs=rngs)
-
-        return denoise
+        factor = self.side // self.low_res_side
+        seen = from_uint8(low_res) if low_res.dtype == jnp.uint8 else low_res
+        return jax.image.resize(seen, (b, h * factor, w * factor, 3), ENLARGE[self.enlarge])
 
     def loss(self, params, frozen, batch, rng, *, train):
         noise_rng, dropout_rng = jax.random.split(rng)
         x_start = from_uint8(batch["image"])
-        factor = self.side // self.low_res_side
-        denoise = self._denoiser(params, batch["low_res"], factor, train=train, rngs={"dropout": dropout_rng})
+        enlarged = self._enlarged(batch["low_res"])
+
+        def denoise(x_t, t):
+            x = jnp.concatenate([x_t, enlarged], -1)
+            return self.network.apply(params, x, t, deterministic=not train, rngs={"dropout": dropout_rng})
+
         return denoising.loss(self.diffusion, denoise, x_start, noise_rng)
 
     def sample(
-        self, params: base.Params, low_res: UInt8[Array, "b h w 3"], keys: ExampleKeys
+        self, params: base.Params, low_res: LowRes, keys: samplers.NoiseSource, *, last: base.Params | None = None
     ) -> Float[Array, "b h2 w2 3"]:
-        """Returns float images in [-1, 1] from low-resolution images of any size, uint8 as they were drawn."""
-        factor = self.side // self.low_res_side
-        shape = (low_res.shape[1] * factor, low_res.shape[2] * factor, 3)
-        return self.sampler(
-            self._denoiser(params, low_res, factor, train=False, rngs=None),
-            self.temperature * samplers.initial_noise(keys, shape),
-            keys,
-        )
+        """Returns float images in [-1, 1] from low-resolution images of any size.
+
+        Args:
+          params: weights.
+          low_res: uint8 as they were drawn, or float in [-1, 1].
+          keys: one per example, or the noise itself.
+          last: weights of the network that takes the last steps, where `sampling.last_steps` says that there is one.
+        """
+        enlarged = self._enlarged(low_res)
+
+        def denoise(x_t, t):
+            x = jnp.concatenate([x_t, enlarged], -1)
+            if last is None:
+                return self.network.apply(params, x, t)
+            # All examples are at one timestep, so one of the two networks runs.
+            return jax.lax.cond(t[0] <= self.last_t, self._call(last), self._call(params), x, t)
+
+        return self.sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
+
+    def _call(self, params):
+        return lambda x, t: self.network.apply(params, x, t)
 
     def predict_fns(self) -> dict[str, base.Predict]:
         def loss(params, frozen, batch, rng):
             return self.loss(params, frozen, batch, rng, train=False)
 
         def sample(params, frozen, batch, rng):
-            return to_uint8(self.sample(params, batch["low_res"], base.example_keys(rng, batch)))
+            last = frozen["last"] if self.last_steps else None
+            images = self.sample(params, batch["low_res"], base.noise(rng, batch), last=last)
+            return to_uint8(images)
 
         return {"loss": loss, "sample": sample, "reconstruct": sample}
