@@ -231,6 +231,10 @@ def load(
     for candidate in [step] if step is not None else steps:
         try:
             meta = hosts.together("meta", functools.partial(_read_meta, directory, candidate))
+            if which not in meta["arrays"]:
+                raise InputError(
+                    f"step {candidate} of {workdir} has no moving average of its weights; --weights=params takes the last"
+                )
             config = configs.from_json_value(meta["config"])
             params, statistics = abstract(config)
             wanted = {which: params, **({"statistics": statistics} if statistics else {})}

@@ -80,8 +80,19 @@ def folders(models: str | Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def read(name: str, folder: str, mesh: jax.sharding.Mesh, *, weights: str, sampling: Mapping[str, Any]) -> Part:
-    """Reads one part's newest whole checkpoint; of CLIP always the moving average, which the others were trained on."""
+def read(
+    name: str,
+    folder: str,
+    mesh: jax.sharding.Mesh,
+    *,
+    weights: str,
+    sampling: Mapping[str, Any],
+    step: int | None = None,
+) -> Part:
+    """Reads one part's newest whole checkpoint, or that of a step.
+
+    Of CLIP it is always the moving average, which the others were trained on.
+    """
 
     def abstract(config: ConfigDict) -> tuple[Any, Any]:
         if config.stage != STAGES[name]:
@@ -92,7 +103,8 @@ def read(name: str, folder: str, mesh: jax.sharding.Mesh, *, weights: str, sampl
         params, statistics = (_placed(tree, config, mesh) for tree in trees)
         return params, statistics
 
-    params, statistics, config, step = checkpoint.load(folder, abstract, ema=weights == "ema" or name == "clip")
+    ema = weights == "ema" or name == "clip"
+    params, statistics, config, step = checkpoint.load(folder, abstract, ema=ema, step=step)
     config = with_sampling(config, sampling, name=name)
     check_variance(config, statistics, name=name, folder=folder, step=step)
     _LOG.info("%s: step %d of %s", name, step, folder)
