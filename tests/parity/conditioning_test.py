@@ -1,12 +1,14 @@
 """What the decoder makes of captions and embeddings against diffusers' UnCLIPTextProjModel."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-from parity import networks, torch_modules, weights
+from parity import networks, torch_modules
 
+from unclip_jax.interop import karlo_tables
 from unclip_jax.models.captions import EncodedCaption
 from unclip_jax.models.decoder import Decoder
 
@@ -29,6 +31,8 @@ def test_conditioning_is_text_proj(size):
     )
     b, n = 2, 5
     seen = jnp.asarray(np.arange(2 * b * n).reshape(2 * b, n) % 3 > 0)
+    caption = EncodedCaption(jnp.zeros((2 * b, n, d)), seen)
+    nothing = caption, jnp.zeros((2 * b, d)), None, seen[:, 0], jnp.zeros((2 * b, d))
     rng = np.random.default_rng(1)
     shapes = {"z_i": (b, d), "z_t": (2 * b, d), "states": (2 * b, n, d)}
 
@@ -54,6 +58,7 @@ def test_conditioning_is_text_proj(size):
         torch_modules.redraw(theirs),
         call_theirs,
         call_ours,
-        weights.conditioning(tokens),
+        karlo_tables.text_projection(ours),
+        jax.eval_shape(lambda *given: ours.init(*given, method="condition"), jax.random.key(0), *nothing),
         {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
     )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import unet_oracle
 from flax import traverse_util
-from parity import comparison, weights
+from parity import comparison
 
+from unclip_jax.interop import names
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
 
@@ -87,9 +88,9 @@ def agree_with_oracle(module, size, ours, oracle, params, x, toward):
 
     differentiated = jax.jit(jax.value_and_grad(projection, (0, 1), has_aux=True))
     (_, out), (of_weights, of_x) = differentiated(params, jnp.asarray(x))
-    exact = {"x": np.float64(x), **{f"weights/{path}": np.float64(w) for path, w in weights.flatten(params).items()}}
+    exact = {"x": np.float64(x), **{f"weights/{path}": np.float64(w) for path, w in names.flattened(params).items()}}
     gradients = {"x": np.float64(of_x)}
-    gradients.update((f"weights/{path}", np.float64(g)) for path, g in weights.flatten(of_weights).items())
+    gradients.update((f"weights/{path}", np.float64(g)) for path, g in names.flattened(of_weights).items())
 
     def of_oracle(moved):
         tree = traverse_util.unflatten_dict(exact | moved, sep="/")

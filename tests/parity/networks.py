@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from parity import comparison, torch_modules, weights
+from parity import comparison, torch_modules
+
+from unclip_jax.interop import names
+from unclip_jax.interop.tensors import Tensor
 
 Arrays = dict[str, np.ndarray]
 
@@ -18,7 +21,8 @@ def agree(
     theirs: torch.nn.Module,
     call_theirs: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]],
     call_ours: Callable[[Any, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
-    table: weights.Table,
+    table: names.Table,
+    shapes: Mapping[str, Any],
     inputs: Arrays,
     *,
     without: Collection[str] = (),
@@ -30,15 +34,18 @@ def agree(
       theirs: the module, with all weights random.
       call_theirs: from inputs by name to outputs by name.
       call_ours: the same, of our weights and inputs.
-      table: of `weights`.
+      table: of their names and ours, which begin with "params".
+      shapes: of all that the table makes of theirs.
       inputs: float32 arrays; gradients of all of them are compared as well.
       without: parameters of theirs that do not reach the outputs.
     """
     wanted, wanted_gradients, toward = _of_theirs(theirs, call_theirs, inputs, without)
     state = torch_modules.state(theirs)
-    params = weights.to_ours(table, state, without=without)
-    back = weights.to_theirs(table, params)
-    assert all(np.array_equal(back[name], state[name]) for name in back), "weights do not go back as they came"
+    tree = names.imported(table, _lazy(state), shapes)
+    back = names.exported(table, tree)
+    assert set(back) == set(state), f"only on one side: {sorted(set(back) ^ set(state))}"
+    assert all(np.array_equal(back[name].read(), state[name]) for name in back), "weights do not go back as they came"
+    params = tree["params"]
 
     def projection(params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         outputs = call_ours(params, inputs)
@@ -47,15 +54,20 @@ def agree(
     differentiated = jax.jit(jax.value_and_grad(projection, (0, 1), has_aux=True))
     (_, outputs), (of_weights, of_inputs) = differentiated(params, jax.tree.map(jnp.asarray, inputs))
     comparison.agree(module, size, "forward", outputs, wanted, comparison.FORWARD)
-    of_theirs = weights.flatten(weights.to_ours(table, wanted_gradients["weights"], without=without))
+    zeros = {name: np.zeros_like(state[name]) for name in without}
+    of_theirs = names.imported(table, _lazy(wanted_gradients["weights"] | zeros), shapes)["params"]
     comparison.agree(
         module,
         size,
         "gradient",
-        weights.flatten(of_weights) | _as_inputs(of_inputs),
-        of_theirs | _as_inputs(wanted_gradients["inputs"]),
+        names.flattened(of_weights) | _as_inputs(of_inputs),
+        names.flattened(of_theirs) | _as_inputs(wanted_gradients["inputs"]),
         comparison.GRADIENT,
     )
+
+
+def _lazy(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: Tensor.of(array) for name, array in arrays.items()}
 
 
 def _as_inputs(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The diffusion prior on CLIP's states against diffusers' PriorTransformer."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import PriorTransformer
-from parity import networks, torch_modules, weights
+from parity import networks, torch_modules
 
+from unclip_jax.interop import karlo_tables
 from unclip_jax.models.captions import EncodedCaption
 from unclip_jax.models.prior import DiffusionPrior
 
@@ -38,6 +40,7 @@ def test_prior_is_prior_transformer(size):
         embedding_dim=d,
         num_embeddings=ours.context_length,
     )
+    z, caption = jnp.zeros((b, d)), EncodedCaption(jnp.zeros((b, ours.context_length, d)), jnp.asarray(mask))
     rng = np.random.default_rng(1)
     shapes = {"x_t": (b, d), "z_t": (b, d), "states": (b, ours.context_length, d)}
 
@@ -55,7 +58,11 @@ def test_prior_is_prior_transformer(size):
         torch_modules.redraw(theirs),
         call_theirs,
         call_ours,
-        weights.prior(ours.depth, ours.heads),
+        karlo_tables.prior(ours),
+        {
+            **jax.eval_shape(ours.init, jax.random.key(0), z, jnp.asarray(t), caption, z),
+            "statistics": {name: jax.ShapeDtypeStruct((d,), jnp.float32) for name in STATISTICS},
+        },
         {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
         without=STATISTICS,
     )

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from parity import networks, torch_modules, weights
+from parity import networks, torch_modules
 
+from unclip_jax.interop import unets
 from unclip_jax.models.unet import UNet
 
 # Every example at a timestep of its own.
@@ -90,8 +92,10 @@ def test_unet_is_unet_2d_condition_model(size):
 
     side = ours.image_size
     inputs = drawn(x=(2, side, side, 3), emb=(2, 4 * ours.channels), context=(2, 5, WIDTH))
-    table = weights.unet(ours, context=True)
-    networks.agree("UNet2DConditionModel", size, torch_modules.redraw(theirs), call_theirs, call_ours, table, inputs)
+    table = unets.diffusers(ours, context=True).under(ours="params/")
+    shapes = jax.eval_shape(ours.init, jax.random.key(0), inputs["x"], T, inputs["emb"], inputs["context"])
+    redrawn = torch_modules.redraw(theirs)
+    networks.agree("UNet2DConditionModel", size, redrawn, call_theirs, call_ours, table, shapes, inputs)
 
 
 @pytest.mark.parametrize("size", UPSAMPLERS)
@@ -111,5 +115,7 @@ def test_unet_without_attention_is_unet_2d_model(size):
 
     # Any size that halves will do, without attention; not a square.
     inputs = drawn(x=(2, ours.image_size, 2 * ours.image_size, 6))
-    table = weights.unet(ours, context=False)
-    networks.agree("UNet2DModel", size, torch_modules.redraw(theirs), call_theirs, call_ours, table, inputs)
+    table = unets.diffusers(ours, context=False).under(ours="params/")
+    shapes = jax.eval_shape(ours.init, jax.random.key(0), inputs["x"], T)
+    redrawn = torch_modules.redraw(theirs)
+    networks.agree("UNet2DModel", size, redrawn, call_theirs, call_ours, table, shapes, inputs)
