@@ -42,10 +42,10 @@ def check_widths(samples: int, reference: int) -> None:
         )
 
 
-def blocks(features: Features, size: int = BLOCK) -> Iterator[tuple[slice, Float64[np.ndarray, "_ _"]]]:
-    """Yields (rows, a float64 copy of their features), in order."""
-    for start in range(0, len(features), size):
-        rows = slice(start, min(start + size, len(features)))
+def blocks(features: Features, *, first: int = 0) -> Iterator[tuple[slice, Float64[np.ndarray, "_ _"]]]:
+    """Yields (rows, a float64 copy of their features), in order, from a first row on."""
+    for start in range(first, len(features), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(features)))
         yield rows, np.array(features[rows], np.float64)
 
 
