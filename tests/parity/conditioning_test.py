@@ -58,7 +58,7 @@ def test_conditioning_is_text_proj(size):
         torch_modules.redraw(theirs),
         call_theirs,
         call_ours,
-        karlo_tables.text_projection(ours),
+        karlo_tables.text_projection(ours).under(ours="params/"),
         jax.eval_shape(lambda *given: ours.init(*given, method="condition"), jax.random.key(0), *nothing),
         {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
     )

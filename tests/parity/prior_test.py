@@ -58,7 +58,7 @@ def test_prior_is_prior_transformer(size):
         torch_modules.redraw(theirs),
         call_theirs,
         call_ours,
-        karlo_tables.prior(ours),
+        karlo_tables.prior(ours).under(ours="params/") + karlo_tables.PRIOR_STATISTICS.under(ours="statistics/"),
         {
             **jax.eval_shape(ours.init, jax.random.key(0), z, jnp.asarray(t), caption, z),
             "statistics": {name: jax.ShapeDtypeStruct((d,), jnp.float32) for name in STATISTICS},
