@@ -18,7 +18,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["unclip_jax", "unclip_jax.*"]),
-    package_data={"unclip_jax": ["data/vocabulary/*.json", "data/vocabulary/*.txt", "**/*.jinja", "**/*.html"]},
+    package_data={
+        "unclip_jax": [
+            "data/vocabulary/*.json",
+            "data/vocabulary/*.txt",
+            "**/*.jinja",
+            "**/*.html",
+            "evaluation/*.npz",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5.1",
