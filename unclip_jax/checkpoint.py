@@ -6,7 +6,7 @@ renaming its folder but neither notices flipped bits nor looks inside the folder
 verifies the digests and falls back to the newest step that is whole.
 
 Statistics of weights (`state.OF_WEIGHTS`) are measured on a step that was saved before: `replace_statistics` puts them
-there. A step without them has zeros.
+there. A step without them has zeros. So has one without `rest`, as `save_weights` makes it: there optimizers begin.
 """
 
 import contextlib
@@ -233,7 +233,7 @@ def load(
             meta = hosts.together("meta", functools.partial(_read_meta, directory, candidate))
             if which not in meta["arrays"]:
                 raise InputError(
-                    f"step {candidate} of {workdir} has no moving average of its weights; --weights=params takes the last"
+                    f"step {candidate} of {workdir} has no moving average of weights; --weights=params takes the last"
                 )
             config = configs.from_json_value(meta["config"])
             params, statistics = abstract(config)
@@ -246,6 +246,28 @@ def load(
             continue
         return items[which], items.get("statistics", {}), config, candidate
     raise InputError(f"no checkpoint in {directory} is whole (tried {steps if step is None else [step]})")
+
+
+def save_weights(
+    workdir: epath.PathLike, params: Any, statistics: Any, *, config: ConfigDict, extra: Mapping[str, Any]
+) -> None:
+    """Saves weights that were trained elsewhere as step 0 of a new run: they are their own moving average.
+
+    Args:
+      workdir: of the run, without checkpoints.
+      params, statistics: as in a state; NumPy arrays will do, and are not copied all at once.
+      config: what they are weights of.
+      extra: more JSON for `meta`: `data`, what they were trained on, and where they are from.
+    """
+    items = {"params": params, **({"statistics": statistics} if jax.tree.leaves(statistics) else {})}
+    arrays = {name: digests.described(tree) for name, tree in items.items()}
+    arrays["ema"] = arrays["params"]
+    meta = {"step": 0, "config": config.to_dict(), "arrays": arrays, "items": {"ema": "params"}, **extra}
+    meta["digest"] = _meta_digest(meta)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
+    with ocp.CheckpointManager(absolute(workdir) / FOLDER, options=options) as manager:
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        manager.save(0, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
 
 
 def replace_statistics(
@@ -268,7 +290,7 @@ def replace_statistics(
     free = next(name for name in _STATISTICS if name != used)
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder / free, dict(statistics), force=True)
-    meta |= {"items": {"statistics": free}, **(extra or {})}
+    meta |= {"items": {**meta.get("items", {}), "statistics": free}, **(extra or {})}
     meta["arrays"]["statistics"] = digests.described(dict(statistics))
     meta["digest"] = _meta_digest(meta)
     if jax.process_index() == 0:
@@ -347,7 +369,9 @@ def _read_items(
 
 
 def _without_unmeasured(item: str, tree: Any, meta: Mapping[str, Any]) -> Any:
-    """Returns what to read of an item: statistics of weights that nobody measured need not be there."""
+    """Returns what to read of an item: what begins as zeros, and was never anything else, need not be there."""
+    if item == "rest" and item not in meta["arrays"]:
+        return {}
     if item != "statistics":
         return tree
     there = meta["arrays"].get(item, {})

@@ -58,9 +58,7 @@ def to_heads(heads: int) -> Layout:
 
 def from_heads(heads: int) -> Layout:
     """The projection back: [out, heads · k] is our [heads, k, out]."""
-    return Layout(
-        lambda x: x.T.reshape(heads, -1, len(x)), lambda x: x.reshape(math.prod(x.shape[:2]), x.shape[-1]).T
-    )
+    return Layout(lambda x: x.T.reshape(heads, -1, len(x)), lambda x: x.reshape(math.prod(x.shape[:2]), x.shape[-1]).T)
 
 
 def fused(count: int, heads: int) -> Layout:
@@ -123,9 +121,7 @@ class Table:
 
     def under(self, *, ours: str = "", theirs: str = "") -> "Table":
         """The table of a network that is a part of another: put in front of our paths and of their names, as it is."""
-        pieces = (
-            dataclasses.replace(piece, path=ours + piece.path, name=theirs + piece.name) for piece in self.pieces
-        )
+        pieces = (dataclasses.replace(piece, path=ours + piece.path, name=theirs + piece.name) for piece in self.pieces)
         return Table(tuple(pieces), tuple(re.escape(theirs) + pattern for pattern in self.ignored))
 
 
@@ -237,7 +233,7 @@ def exported(table: Table, params: Any) -> dict[str, Tensor]:
                 for piece in sorted(pieces, key=lambda piece: piece.part)
             ]
             # A copy: views of ours are not contiguous, as files want them.
-            return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+            return np.array(parts[0], order="C") if len(parts) == 1 else np.concatenate(parts)
 
         found[name] = Tensor(shape, np.dtype(ours[pieces[0].path].dtype), read)
     return found

@@ -1,0 +1,115 @@
+"""Imported weights as a run's workdir, which every program takes as one that was trained here."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from unclip_jax import checkpoint
+from unclip_jax import config as configs
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.errors import InputError
+from unclip_jax.stages import base
+
+_VOCABULARY = "vocabulary"  # of a workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """One network, imported.
+
+    Attributes:
+      config: of a run that trains such a network.
+      params: its weights, as NumPy arrays.
+      statistics: what its stage would have measured of the training data.
+      about: JSON for the checkpoint's `meta`, under "imported": format, path and what was found there.
+    """
+
+    config: ConfigDict
+    params: Any
+    statistics: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+
+def shapes(config: ConfigDict) -> tuple[Any, Any]:
+    """Returns shapes of the weights and of the statistics of a config's network.
+
+    Raises:
+      InputError: the config describes no network.
+    """
+    stage, key = base.create(configs.check(config)), jax.eval_shape(lambda: jax.random.key(0))
+    params = nn.meta.unbox(jax.eval_shape(stage.init, key))
+    statistics = nn.meta.unbox(jax.eval_shape(stage.init_frozen, key).get("statistics", {}))
+    return params, statistics
+
+
+def check_free(workdir: str | os.PathLike) -> pathlib.Path:
+    """Returns the workdir as an absolute path, if nothing is there yet.
+
+    Raises:
+      InputError: there is.
+    """
+    path = pathlib.Path(workdir).expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{workdir} exists and is not empty; imported weights need a folder of their own")
+    return path
+
+
+def write(
+    workdir: str | os.PathLike,
+    imported: Imported,
+    *,
+    vocabulary: str = "",
+    trained_on: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes the workdir of a run at step 0 that holds these weights. It appears whole, by one rename.
+
+    Args:
+      workdir: a folder that is empty or does not exist.
+      imported: the network.
+      vocabulary: of its captions: "tiny", or a folder in CLIP's format, which is copied into the workdir; "" for a
+        network that reads none, or for one that is to be given one later.
+      trained_on: fingerprints of frozen networks that it was trained with, as {"frozen.clip": …}.
+
+    Raises:
+      InputError: there is something in the workdir, or the tokenizer is not for these weights.
+    """
+    final = check_free(workdir)
+    tokenizer = Tokenizer(vocabulary) if vocabulary else None
+    stage = base.create(imported.config)
+    if tokenizer and stage.vocab_size not in (0, tokenizer.vocab_size):
+        raise InputError(
+            f"the vocabulary {vocabulary!r} has {tokenizer.vocab_size} entries, the imported network reads "
+            f"{stage.vocab_size}; give --vocabulary, that which it was trained with"
+        )
+    config = ConfigDict(imported.config.to_dict())
+    config.data.vocabulary = vocabulary if vocabulary in ("", "tiny") else str(final / _VOCABULARY)
+    config = configs.check(config.lock())
+    part = final.with_name(f".{final.name}-importing")
+    shutil.rmtree(part, ignore_errors=True)  # of an import that was killed
+    part.mkdir(parents=True)
+    known = {"tokenizer": tokenizer.digest} if tokenizer else {}
+    extra = {"data": {**known, **(trained_on or {})}, "imported": dict(imported.about)}
+    checkpoint.save_weights(part, imported.params, dict(imported.statistics), config=config, extra=extra)
+    if vocabulary not in ("", "tiny"):
+        _copy_vocabulary(pathlib.Path(vocabulary).expanduser(), part / _VOCABULARY)
+    (part / "config.json").write_text(configs.to_json(config))
+    (part / "imported.json").write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
+    if final.exists():
+        final.rmdir()
+    part.rename(final)
+
+
+def _copy_vocabulary(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies what `Tokenizer` reads of a folder."""
+    target.mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
