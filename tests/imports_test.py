@@ -22,8 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("replicas", "stopping", "watchdog", "clock", "digests", "guard", "instruction_costs", "tpu_compiler"),
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput", "roofline"),
     ("stages", "evaluation", "interop"),
-    # parts: trained networks, read from their workdirs; pages: what HTML pages share
-    ("parts", "captioned_grid", "description", "goodput_sums", "pages"),
+    # parts: trained networks, read from their workdirs; importing: makes others' such workdirs; pages: HTML
+    ("parts", "importing", "captioned_grid", "description", "goodput_sums", "pages"),
     # predictor: calls parts; jobs: runs programs side by side
     ("predictor", "quickstart_report", "run_curves", "jobs"),
     ("unclip", "training_jobs", "run_report"),

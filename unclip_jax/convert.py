@@ -24,7 +24,7 @@ from absl import flags
 
 from unclip_jax import digests, programs
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.interop import clips, formats, workdirs
+from unclip_jax.importing import clips, formats, workdirs
 
 _LOG = logging.getLogger("unclip_jax.convert")  # not __main__, which nobody listens to
 

@@ -18,7 +18,8 @@ from unclip_jax import checkpoint, convert, digests, parts, program, sharding, s
 from unclip_jax import config as configs
 from unclip_jax.data import tokenizer as tokenizers
 from unclip_jax.errors import InputError
-from unclip_jax.interop import clip_names, clips, formats, names, workdirs
+from unclip_jax.importing import clips, formats, workdirs
+from unclip_jax.interop import clip_names, names
 from unclip_jax.models.clip_towers import MEAN, STD
 
 VOCABULARY = pathlib.Path(tokenizers.__file__).parent / "vocabulary"

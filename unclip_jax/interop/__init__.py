@@ -1,1 +1,1 @@
-"""Weights of other programs: their files, their names, and their networks as ours."""
+"""Weights of other programs: their files, and which of their tensors is which of our weights."""

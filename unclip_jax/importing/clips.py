@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.interop import clip_fields, clip_names, formats, tensors, workdirs
-from unclip_jax.interop.formats import Request
+from unclip_jax.importing import formats, workdirs
+from unclip_jax.importing.formats import Request
+from unclip_jax.interop import clip_fields, clip_names, names, tensors
 from unclip_jax.interop.tensors import Tensor
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.layers import ACTIVATIONS
@@ -57,7 +58,9 @@ def network(fields: dict[str, Any]) -> CLIP:
         raise InputError(f"the sizes {fields} make no CLIP: {error}") from error
 
 
-def _imported(request: Request, fields: dict[str, Any], state: dict[str, Tensor], table) -> workdirs.Imported:
+def _imported(
+    request: Request, fields: dict[str, Any], state: dict[str, Tensor], table: names.Table
+) -> workdirs.Imported:
     config = request.base("clip", "small")
     config.model = {**fields, "remat": "full", "logit_scale_max": 100.0}
     config.data.vocabulary = request.vocabulary or _beside_vocabulary(request.path)

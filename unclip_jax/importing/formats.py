@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
 from unclip_jax.errors import InputError
-from unclip_jax.interop import names, workdirs
+from unclip_jax.importing import workdirs
+from unclip_jax.interop import names
 from unclip_jax.interop.tensors import Tensor
 
 
