@@ -24,6 +24,7 @@ setup(
             "data/vocabulary/*.txt",
             "**/*.jinja",
             "**/*.html",
+            "**/*.js",
             "evaluation/*.npz",
         ]
     },
@@ -73,6 +74,7 @@ setup(
             "jsonschema>=4.26.0",
             "kubernetes-validate>=1.37.0",  # Kubernetes' schemas, to check manifests without a cluster
             "mypy>=2.4.1",
+            "playwright>=1.65.2",  # drives the system's Chromium; no browser is downloaded
             "pytest>=9.2.0",
             "pytest-xdist>=3.8.0",
             "pyyaml>=6.0.3",

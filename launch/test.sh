@@ -70,6 +70,8 @@ check() {
 
 install
 has_emoji_font || need fonts-noto-color-emoji "whose pictures are a data set"
+command -v chromium > /dev/null || command -v google-chrome > /dev/null \
+  || need chromium "in which the page for raters is tested"
 command -v shellcheck > /dev/null || need shellcheck "which checks the scripts in launch/"
 
 failed=0

@@ -32,7 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inputs", "traced_run", "plans"),
     ("train", "planning"),
     ("plan_search", "plan_tables"),
-    ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare"),
+    ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare",
+     "human_study"),
     ("quickstart_results", "ablation_tables"),
     ("quickstart", "ablation_cells"),  # quickstart: runs the others
     ("ablations",),  # so does this
