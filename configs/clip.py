@@ -5,6 +5,7 @@
 `tiny` trains on captioned_shapes in about a minute on one core; `emoji` on a colour-emoji font. `paper` is unCLIP's own
 CLIP: ViT-H/16 with SAM, each replica of 64 pairs for itself; what appendix C does not say is Radford et al.'s (2021).
 `small` trains on one accelerator of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary.
+`diffusers` is a laptop's CLIP that transformers has, too.
 """
 
 from configs import common
@@ -27,6 +28,15 @@ def _laptop(emoji):
         config.evaluation.update({"label": "shape", "templates": ("a {}", "a small {}", "a large {}")})
         config.evaluation.probe_examples = 2000
     config.sam = _sam(rho=0.0)
+    return config
+
+
+def _diffusers():
+    config = _laptop(False)
+    config.model = {**common.clip_diffusers(), "logit_scale_max": 100.0}
+    # Without convolutions before the patches shapes take longer to learn.
+    config.update(common.durations(total_steps=800))
+    config.optim.learning_rate = 1e-3
     return config
 
 
@@ -66,7 +76,13 @@ def _measures():
     }
 
 
-VARIANTS = {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True), "small": _small, "paper": _paper}
+VARIANTS = {
+    "tiny": lambda: _laptop(False),
+    "emoji": lambda: _laptop(True),
+    "diffusers": _diffusers,
+    "small": _small,
+    "paper": _paper,
+}
 
 
 def get_config(variant="tiny"):

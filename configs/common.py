@@ -172,6 +172,17 @@ def clip_small() -> dict:
     }
 
 
+def clip_diffusers() -> dict:
+    """A laptop's CLIP that transformers has, too: patches without convolutions before them, and text as wide as z_t.
+
+    The second is for diffusers' prior and decoder, which read both by layers of one width.
+    """
+    vision = {"patch_size": 4, "vision_width": 96, "vision_depth": 2, "vision_heads": 3}
+    text = {"text_width": 96, "text_depth": 2, "text_heads": 3, "embed_dim": 96}
+    sizes = {"image_size": 32, "context_length": 24, "vocab_size": 2048}
+    return {**sizes, **vision, **text, "activation": "quick_gelu", "remat": "none"}
+
+
 def text_paper() -> dict:
     """The caption encoder of Table 3, of priors and decoder."""
     return {
@@ -228,6 +239,16 @@ def text_tiny() -> dict:
 def pixel_sampling(*, method: str, timesteps: str, **more: float) -> dict:
     """How images are sampled; with threshold "dynamic", `quantile` of every image's |x_start| is kept unclipped."""
     return {"method": method, "timesteps": timesteps, "eta": 0.0, "threshold": "static", "quantile": 0.995, **more}
+
+
+def exportable(config: ConfigDict, clip: dict) -> ConfigDict:
+    """Sets what diffusers' unCLIP pipelines take for granted: embeddings as CLIP returns them, float32 tables."""
+    if "clip" in config:
+        config.clip = clip
+    if config.stage in ("prior_diffusion", "decoder"):
+        config.embedding = {"scaling": "whiten", "scale": 1.0, "norm": "raw"}
+    config.diffusion.tables = "float32"
+    return config
 
 
 def diffusion(*, prediction: str = "eps", variance: str = "learned_range", schedule: str = "cosine") -> dict:

@@ -5,7 +5,8 @@
 
 `paper` is Table 3's (appendix C), sampled with the guidance of its COCO evaluation; `small` trains on one accelerator
 of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary. `tiny_glide` and so on read captions alone,
-without CLIP; `tiny_text` and so on are trained on z_t in place of z_i (section 5.1).
+without CLIP; `tiny_text` and so on are trained on z_t in place of z_i (section 5.1). `diffusers` is a laptop's that
+diffusers' unCLIP pipelines can draw with: it has no text encoder of its own, like Karlo's, and predicts eps.
 """
 
 from configs import common
@@ -44,6 +45,21 @@ def _laptop(emoji):
     config.optim.update({"learning_rate": 2e-3 if emoji else 4e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config
+
+
+def _diffusers():
+    config = _laptop(False)
+    clip = common.clip_diffusers()
+    # Groups that divide the channels of all norms, for diffusers has one number of groups.
+    unet = {**config.model.unet.to_dict(), "norm_groups": 8}
+    words = {"text": None, "caption": "clip", "context_width": clip["text_width"]}
+    config.model = {"unet": unet, **words, "embed_dim": clip["embed_dim"], "clip_tokens": 4}
+    config.model.update({"null_clip": "learned", "clip_scale": 1.0})
+    config.drop = {"text": 0.3, "clip": 0.1}
+    config.diffusion = common.diffusion()
+    config.sampling = common.pixel_sampling(method="ddpm", timesteps="25", guidance_scale=2.0)
+    config.round_pixels = False
+    return common.exportable(config, clip)
 
 
 def _large(config, clip, text, unet):
@@ -105,6 +121,7 @@ VARIANTS = {
     "tiny_glide": lambda: _glide(_laptop(False)),
     "tiny_text": lambda: _text_embeddings(_laptop(False)),
     "emoji": lambda: _laptop(True),
+    "diffusers": _diffusers,
     "small": _small,
     "small_glide": lambda: _glide(_small()),
     "small_text": lambda: _text_embeddings(_small()),

@@ -5,7 +5,8 @@
 
 `paper` is Table 3's (appendix C); `small` trains on one accelerator of 16 GB. Both want `--config.data.dataset=FOLDER`
 and OpenAI's vocabulary. They sample with the analytic variance, which is measured when the run has ended:
-`python -m unclip_jax.statistics --workdir=…`.
+`python -m unclip_jax.statistics --workdir=…`. `diffusers` is a laptop's that diffusers' PriorTransformer can be:
+Karlo's way, on CLIP's reading of captions, with embeddings whitened by their statistics.
 """
 
 from configs import common
@@ -27,6 +28,17 @@ def _laptop(emoji):
     config.optim.update({"learning_rate": 2e-3, "weight_decay": 6e-2, "beta2": 0.96, "eps": 1e-6})
     config.evaluation.update({"evaluators": ("loss", "embedding"), "examples": 128, "batch_size": 128})
     return config
+
+
+def _diffusers():
+    config = _laptop(False)
+    clip = common.clip_diffusers()
+    width = {"width": 96, "depth": 3, "heads": 3, "activation": "gelu", "remat": "none"}
+    words = {"caption": "clip", "context_length": clip["context_length"], "vocab_size": clip["vocab_size"]}
+    config.model = {**width, **words, "embed_dim": clip["embed_dim"]}
+    config.diffusion.clip_x_start = 5.0
+    config.sampling.update({"timesteps": "25", "guidance_scale": 2.0, "candidates": 1})
+    return common.exportable(config, clip)
 
 
 def _large(config, clip, text):
@@ -56,7 +68,13 @@ def _small():
     return _large(config, common.clip_small(), text)
 
 
-VARIANTS = {"tiny": lambda: _laptop(False), "emoji": lambda: _laptop(True), "small": _small, "paper": _paper}
+VARIANTS = {
+    "tiny": lambda: _laptop(False),
+    "emoji": lambda: _laptop(True),
+    "diffusers": _diffusers,
+    "small": _small,
+    "paper": _paper,
+}
 
 
 def get_config(variant="tiny"):

@@ -4,7 +4,7 @@
 
 `paper_1` (64 -> 256) and `paper_2` (256 -> 1024) are Table 3's (appendix C), trained on crops of a quarter; the first
 samples by GLIDE's 27 steps. `small_1` and `small_2` train on one accelerator of 16 GB. All four want
-`--config.data.dataset=FOLDER`.
+`--config.data.dataset=FOLDER`. `diffusers` is the one of a laptop's stack with which diffusers' pipelines can draw.
 """
 
 from configs import common
@@ -41,6 +41,16 @@ def _laptop(emoji, second):
     config.optim.update({"learning_rate": 2e-3 if emoji else 4e-3})
     config.evaluation.evaluators = ("loss", "pictures")
     return config
+
+
+def _diffusers():
+    """As Karlo's: four times larger in one stage, enlarged bicubically, no variance learned."""
+    config = _laptop(False, False)
+    config.unet.update({"out_channels": 3, "image_size": 64, "channel_mult": (1, 2, 2)})
+    config.enlarge = "bicubic"
+    config.diffusion = common.diffusion(variance="fixed_small")
+    config.sampling = common.pixel_sampling(method="ddpm", timesteps="12", temperature=1.0, last_steps=0)
+    return common.exportable(config, {})
 
 
 def _large(config, second, unet):
@@ -88,6 +98,7 @@ VARIANTS = {
     "tiny_2": lambda: _laptop(False, True),
     "emoji_1": lambda: _laptop(True, False),
     "emoji_2": lambda: _laptop(True, True),
+    "diffusers": _diffusers,
     "small_1": lambda: _small(False),
     "small_2": lambda: _small(True),
     "paper_1": lambda: _paper(False),

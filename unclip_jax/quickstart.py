@@ -34,7 +34,9 @@ from unclip_jax.stopping import Stopping
 
 _LOG = logging.getLogger("unclip_jax.quickstart")  # __name__ is "__main__" where this is the program
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Ways to draw; the second list for a stack that diffusers' pipelines can draw with, which has no place for others.
 PRIORS = ("diffusion", "ar", "none")
+EXPORTABLE_PRIORS = ("diffusion", "none")
 # Folder of each stage -> (config file, suffix of its variant). In the order in which they are begun: CLIP, for which
 # three stages wait, and then the longest first, so that the cores become idle at about the same time.
 STAGES = {
@@ -45,11 +47,23 @@ STAGES = {
     "prior_diffusion": ("prior_diffusion", ""),
     "prior_ar": ("prior_ar", ""),
 }
+# The stack of the variant "diffusers": one prior, one upsampler.
+EXPORTABLE = {
+    "clip": ("clip", ""),
+    "decoder": ("decoder", ""),
+    "upsampler_1": ("upsampler", ""),
+    "prior_diffusion": ("prior_diffusion", ""),
+}
+
+
+def stack(variant: str) -> tuple[dict[str, tuple[str, str]], tuple[str, ...]]:
+    """Returns the stages that a variant trains, as in STAGES, and the priors by which it then draws."""
+    return (EXPORTABLE, EXPORTABLE_PRIORS) if variant == "diffusers" else (STAGES, PRIORS)
 
 
 def overrides(name: str, options: "Options") -> dict[str, Any]:
     """Returns {key of the config: value} of what the quickstart sets itself for a stage."""
-    stage, _ = STAGES[name]
+    stage, _ = stack(options.variant)[0][name]
     values: dict[str, Any] = {"data.data_dir": options.data_dir, "seed": options.seed}
     if stage not in ("clip", "upsampler"):
         values["frozen.clip"] = str(options.workdir / "clip")
@@ -63,9 +77,10 @@ def sample_jobs(captions: Sequence[str], *, parts: int, batch_size: int, options
     """
     made = []
     workdir, seed, cache = options.workdir, options.seed, options.cache
+    stages, priors = stack(options.variant)
     models = {
         name: [(workdir / name / "config.json").read_text(), checkpoint.steps_of(workdir / name / checkpoint.FOLDER)]
-        for name in STAGES
+        for name in stages
     }
     known = [list(captions), parts, batch_size, seed, models, results.versions()]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
@@ -75,7 +90,7 @@ def sample_jobs(captions: Sequence[str], *, parts: int, batch_size: int, options
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "captions.txt").write_text("\n".join(own) + "\n")
         command = [sys.executable, "-m", "unclip_jax.generate", f"--models={workdir}", f"--out={folder}"]
-        command += [f"--prompts={folder / 'captions.txt'}", f"--prior={','.join(PRIORS)}", "--stages=all"]
+        command += [f"--prompts={folder / 'captions.txt'}", f"--prior={','.join(priors)}", "--stages=all"]
         command += [f"--seed={seed}", f"--batch_size={batch_size}", f"--compile_cache={cache}"]
         made.append(
             Job(
@@ -83,7 +98,7 @@ def sample_jobs(captions: Sequence[str], *, parts: int, batch_size: int, options
                 command=command,
                 log=folder / "generate.log",
                 finished=(folder / "grid.png").exists,
-                progress=functools.partial(_sampling_progress, folder, len(own) * len(PRIORS)),
+                progress=functools.partial(_sampling_progress, folder, len(own) * len(priors)),
             )
         )
     return made
@@ -134,14 +149,15 @@ def run(options: Options) -> int:
 def _work(options: Options, runner: jobs.Runner, groups: Sequence[Any]) -> tuple[int, dict[str, Any]]:
     """Trains, draws and measures; returns an exit code and the figures."""
     workdir = options.workdir
-    specs = {name: f"{ROOT / 'configs' / file}.py:{options.variant}{suffix}" for name, (file, suffix) in STAGES.items()}
-    values = {name: overrides(name, options) for name in STAGES}
+    stages, priors = stack(options.variant)
+    specs = {name: f"{ROOT / 'configs' / file}.py:{options.variant}{suffix}" for name, (file, suffix) in stages.items()}
+    values = {name: overrides(name, options) for name in stages}
     data = configs.load(specs["clip"], values["clip"]).data
     if data.dataset != "captioned_shapes":
         raise InputError(f"{options.variant!r} trains on {data.dataset}; the quickstart scores captioned_shapes alone")
     training = [training_jobs.rendering(data, workdir=workdir)]
     training += [
-        training_jobs.training(name, specs[name], values[name], workdir=workdir, cache=options.cache) for name in STAGES
+        training_jobs.training(name, specs[name], values[name], workdir=workdir, cache=options.cache) for name in stages
     ]
     code = runner.run(training)
     if code != programs.DONE:
@@ -158,7 +174,8 @@ def _work(options: Options, runner: jobs.Runner, groups: Sequence[Any]) -> tuple
     code = runner.run(sampling)
     if code != programs.DONE:
         return code, {}
-    return code, measure(workdir, real=real, directory=directory, folders=[job.log.parent for job in sampling])
+    folders = [job.log.parent for job in sampling]
+    return code, measure(workdir, real=real, directory=directory, folders=folders, stages=list(stages), priors=priors)
 
 
 def measure(
@@ -167,21 +184,23 @@ def measure(
     real: Mapping[str, Sequence[results.Render]],
     directory: str,
     folders: Sequence[pathlib.Path],
+    stages: Sequence[str],
+    priors: Sequence[str],
 ) -> dict[str, Any]:
     """Scores the samples and gathers curves and times."""
     began = time.monotonic()
     samples = results.Samples.read(folders)
     times = jobs.Times(workdir).seconds
-    scores = results.accuracy(samples, real, PRIORS)
+    scores = results.accuracy(samples, real, priors)
     first = next(iter(real.values()))[0].caption
-    side = samples.pixels([first], PRIORS[0]).shape[1]
+    side = samples.pixels([first], priors[0]).shape[1]
     return {
         "accuracy": scores,
         "goal": results.GOAL,
         "side": side,
         "oracle": results.oracle_accuracy(directory, side=side),
-        "examples": results.examples(workdir, samples, real, PRIORS),
-        "stages": {name: results.stage_summary(workdir / name, times.get(name, 0.0)) for name in STAGES},
+        "examples": results.examples(workdir, samples, real, priors),
+        "stages": {name: results.stage_summary(workdir / name, times.get(name, 0.0)) for name in stages},
         "sampling": samples.timings,
         "scoring_seconds": time.monotonic() - began,
         "machine": results.machine(),
@@ -194,7 +213,7 @@ def summary(figures: Mapping[str, Any]) -> str:
     lines = [f"{'single objects':24}  colour   shape    both"]
     scores = figures["accuracy"]["validation"]
     for name, label in quickstart_report.LABELS.items():
-        rates = scores[name].get("single")
+        rates = scores.get(name, {}).get("single")
         if rates:
             lines.append(f"{label:24}  " + "  ".join(f"{rates[key]:6.1%}" for key in ("colour", "shape", "both")))
     chance = scores["diffusion"]["shuffled"].get("single")
@@ -207,7 +226,7 @@ def summary(figures: Mapping[str, Any]) -> str:
 def define_flags() -> None:
     """Defines the program's flags; only where it is the program, for others have flags of the same names."""
     flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the trained stages and the report.")
-    flags.DEFINE_string("config_variant", "tiny", "Variant of every stage's config.")
+    flags.DEFINE_string("config_variant", "tiny", "Variant of every stage's config; diffusers is what can be exported.")
     flags.DEFINE_string("data_dir", "~/unclip_data", "Root of prepared data sets.")
     flags.DEFINE_bool("smoke", False, "A few steps of everything, to see that it works.")
     flags.DEFINE_integer("seed", 0, "Seed of training and sampling.", 0, 2**31 - 1)

@@ -132,15 +132,16 @@ def _pixels(path: pathlib.Path) -> np.ndarray:
 def draw_grids(workdir: pathlib.Path, examples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Draws the examples: all sources side by side, and for each prior the image after every stage."""
     captions = [example["caption"] for example in examples]
+    names = [name for name in LABELS if name in examples[0]["images"]]
     grids = {
         "samples": captioned_grid.draw(
             captions,
-            [[_pixels(workdir / example["images"][name]["image"]) for name in LABELS] for example in examples],
-            headings=list(SHORT.values()),
+            [[_pixels(workdir / example["images"][name]["image"]) for name in names] for example in examples],
+            headings=[SHORT[name] for name in names],
             side=128,
         )
     }
-    for prior in list(LABELS)[:-1]:
+    for prior in names[:-1]:
         stages = [stage for stage in _CASCADE if all(stage in example["images"][prior] for example in examples)]
         rows = [[_pixels(workdir / example["images"][prior][stage]) for stage in stages] for example in examples]
         headings = [f"{image.shape[0]} px" for image in rows[0]] if rows else []
@@ -153,7 +154,7 @@ def _shown(workdir: pathlib.Path, example: Mapping[str, Any]) -> dict[str, Any]:
     images = [
         {"label": label, "short": SHORT[name], "name": name, **example["images"][name],
          "url": pages.data_url((workdir / example["images"][name]["image"]).read_bytes())}
-        for name, label in LABELS.items()
+        for name, label in LABELS.items() if name in example["images"]
     ]  # fmt: skip
     return {"caption": example["caption"], "split": example["split"], "images": images}
 
@@ -182,6 +183,7 @@ def render(workdir: pathlib.Path, figures: Mapping[str, Any], *, curves: bytes) 
     examples = figures["examples"]
     splits = dict.fromkeys(example["split"] for example in examples)
     rows = time_rows(figures)
+    shown = {name: label for name, label in STAGES.items() if name in figures["stages"]}
     return pages.environment().get_template("quickstart.html").render(
         figures=figures,
         headline=headline(figures),
@@ -193,10 +195,10 @@ def render(workdir: pathlib.Path, figures: Mapping[str, Any], *, curves: bytes) 
         ],
         cascade=_cascade(workdir, [e for e in examples if e["split"] == next(iter(splits))][4:12:1][:6]),
         curves=pages.data_url(curves),
-        stages={label: figures["stages"][name] for name, label in STAGES.items()},
+        stages={label: figures["stages"][name] for name, label in shown.items()},
         times=rows,
         longest=max(seconds for _, seconds in rows),
-        configs={label: json.dumps(figures["stages"][name]["config"], indent=1) for name, label in STAGES.items()},
+        configs={label: json.dumps(figures["stages"][name]["config"], indent=1) for name, label in shown.items()},
     )  # fmt: skip
 
 
