@@ -7,6 +7,9 @@ The workdir is then that of a run at step 0, which `generate`, `train`, `evaluat
     hf_clip         a folder of transformers' CLIPModel                             of a clip
     open_clip       a folder of OpenCLIP's, or a file and --config_json, or         of a clip
                     a file and --activation
+    karlo           a folder of diffusers' UnCLIPPipeline, of its variations, or    of all its networks
+                    with the sub-folders of both
+    karlo_original  a folder with the files that Kakao Brain published              of all its networks
 
 To go on training, name the config that is there and what is to differ, beside the data:
 
@@ -24,7 +27,8 @@ from absl import flags
 
 from unclip_jax import digests, programs
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.importing import clips, formats, workdirs
+from unclip_jax.importing import clips, formats, karlo, workdirs
+from unclip_jax.parts import LAST
 
 _LOG = logging.getLogger("unclip_jax.convert")  # not __main__, which nobody listens to
 
@@ -35,7 +39,7 @@ ONE: Mapping[str, formats.Reader] = {
     "hf_clip": clips.transformers,
     "open_clip": clips.open_clip,
 }
-STACKS: Mapping[str, formats.Reader] = {}
+STACKS: Mapping[str, formats.Reader] = {"karlo": karlo.diffusers, "karlo_original": karlo.original}
 
 
 def convert(request: formats.Request, workdir: str) -> dict[str, str]:
@@ -56,12 +60,17 @@ def convert(request: formats.Request, workdir: str) -> dict[str, str]:
     for name, imported in known[request.format](request):
         folder = str(root if request.format in ONE else root / name)
         vocabulary = imported.config.data.vocabulary
+        for network, part in (("clip", "clip"), ("last", LAST.get(name, ""))):
+            if part in made and imported.config.get("frozen", {}).get(network) == "":
+                with imported.config.unlocked():
+                    imported.config.frozen[network] = made[part]
         workdirs.write(folder, imported, vocabulary=vocabulary, trained_on={} if name == "clip" else trained_on)
         if name == "clip":
             trained_on["frozen.clip"] = digests.fingerprint(imported.params)
         if not vocabulary and imported.about.get("reads_captions"):
             _LOG.warning("%s: no vocabulary was found beside the weights; captions need --vocabulary=FOLDER", name)
         made[name] = folder
+        del imported  # before the next is read
     return made
 
 

@@ -74,7 +74,9 @@ def network(
     into: dict[str, Any] = {"params": params}
     table = table.under(ours="params/params/")
     if statistics is not None:
-        into["statistics"] = measured
+        # Those that are measured of the weights alone are nobody's but ours; a step without them reads as zeros.
+        named = {piece.path for piece in statistics.pieces}
+        into["statistics"] = {name: leaf for name, leaf in measured.items() if name in named}
         table = table + statistics.under(ours="statistics/")
     found = names.imported(table, tensors, into, where=request.path)
     about = {"format": request.format, "path": request.path, "tensors": len(tensors)}

@@ -164,8 +164,29 @@ def of_transformers(folder: str | os.PathLike) -> Fields:
             raise
         raise InputError(f"{str(folder / 'config.json')!r} is no CLIP's: {error!r}") from error
     if (folder / "preprocessor_config.json").is_file():
-        fields |= _statistics(read_json(folder / "preprocessor_config.json"), "image_mean", "image_std")
+        fields |= statistics(read_json(folder / "preprocessor_config.json"), "image_mean", "image_std")
     return fields
+
+
+def of_towers(text: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Fields:
+    """Returns the fields of a CLIP of transformers' CLIPTextModelWithProjection and CLIPVisionModelWithProjection.
+
+    Args:
+      text, vision: their configs, in which what is left out is as in transformers; None where there is no such tower.
+
+    Raises:
+      InputError: they make embeddings of different widths, or are what our CLIP cannot be.
+    """
+    embed_dim = text.get("projection_dim", 512)
+    if vision is not None and vision.get("projection_dim", 512) != embed_dim:
+        raise InputError(f"the towers make embeddings of {embed_dim} and {vision.get('projection_dim', 512)} numbers")
+    words = {**_TEXT_DEFAULTS, **text}
+    if vision is None:
+        # One that is nowhere near the other's settings would be refused, so it has the same.
+        same = {name: words[name] for name in ("hidden_act", "layer_norm_eps")}
+        fields = _of_configs(words, {**_VISION_DEFAULTS, **same}, embed_dim)
+        return {name: x for name, x in fields.items() if not name.startswith("vision_mlp")} | {"image_tower": False}
+    return _of_configs(words, {**_VISION_DEFAULTS, **vision}, embed_dim)
 
 
 def _of_configs(text: Fields, vision: Fields, embed_dim: int) -> Fields:
@@ -198,7 +219,8 @@ def _of_configs(text: Fields, vision: Fields, embed_dim: int) -> Fields:
     return fields | ({"text_pool": "argmax"} if end == 2 else {"text_pool": "end", "text_end_id": end})
 
 
-def _statistics(config: Mapping[str, Any], mean: str, std: str) -> Fields:
+def statistics(config: Mapping[str, Any], mean: str, std: str) -> Fields:
+    """Returns mean and deviation of pixels, where a config has them by these names."""
     found = {ours: config.get(theirs) for ours, theirs in (("mean", mean), ("std", std))}
     return {name: tuple(map(float, values)) for name, values in found.items() if values}
 
@@ -247,7 +269,7 @@ def of_open_clip(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, te
     if kind is not None and fields["text_pool"] != "class":
         raise InputError("its multimodal_cfg describes a text tower that is not CoCa's; ours are CLIP's and CoCa's")
     preprocess = config.get("preprocess_cfg") or {}
-    return fields | _statistics(preprocess, "mean", "std")
+    return fields | statistics(preprocess, "mean", "std")
 
 
 def _open_clip_resnet(vision: "_Section", layers: list[int]) -> Fields:
