@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("train", "planning"),
     ("plan_search", "plan_tables"),
     ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare",
-     "human_study"),
+     "human_study", "preferences"),
     ("quickstart_results", "ablation_tables"),
     ("quickstart", "ablation_cells"),  # quickstart: runs the others
     ("ablations",),  # so does this

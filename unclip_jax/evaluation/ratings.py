@@ -55,7 +55,7 @@ def fit(z: Features, ratings: Float[np.ndarray, "_"], *, ridge: float = 0.0) -> 
     triangle = np.concatenate([np.sqrt(ridge) * np.eye(width), np.zeros((width, 1))], 1)
     for rows, block in feature_sets.blocks(unit):
         block = np.concatenate([block - centre, (targets[rows] - mean)[:, None]], 1)
-        triangle = np.linalg.qr(np.concatenate([triangle, block]), mode="r")
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, block]), mode="r"))
     weights = np.linalg.lstsq(triangle[:, :width], triangle[:, width], rcond=None)[0]
     return weights, float(mean - centre @ weights)
 
