@@ -17,7 +17,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("hosts",),
-    ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl", "topologies", "compiled_program"),
+    ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl", "topologies", "compiled_program",
+     "provenance"),
     # replicas: one replica's view of a batch; the last two read compiled programs for the planner
     ("replicas", "stopping", "watchdog", "clock", "digests", "guard", "instruction_costs", "tpu_compiler"),
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput", "roofline"),
@@ -31,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # inputs: what a program reads; traced_run: a run traced, for the planner; plans: what it says
     ("inputs", "traced_run", "plans"),
     ("train", "planning"),
-    ("plan_search", "plan_tables"),
+    ("plan_search", "plan_tables", "artifacts"),
     ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare",
      "human_study", "preferences"),
     ("quickstart_results", "ablation_tables"),

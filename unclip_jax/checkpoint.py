@@ -106,7 +106,7 @@ class Checkpointer:
         steps = _same_steps(self._directory)
         for number, step in enumerate(steps):
             try:
-                meta = hosts.together("meta", functools.partial(_read_meta, self._directory, step))
+                meta = hosts.together("meta", functools.partial(read_meta, self._directory, step))
                 items = _read_items(self._directory, step, meta, _items(abstract))
             except InputError:
                 raise
@@ -163,7 +163,7 @@ def _temporary(directory: epath.Path) -> set[int]:
     found = set()
     for step in steps_of(directory):
         with contextlib.suppress(Exception):
-            if _read_meta(directory, step).get("temporary"):
+            if read_meta(directory, step).get("temporary"):
                 found.add(step)
     return found
 
@@ -189,14 +189,14 @@ def _same_steps(directory: epath.Path) -> list[int]:
 
 def trained_on(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     """Returns what a step's run was trained on: fingerprints of its data, tokenizer and frozen networks."""
-    return _read_meta(absolute(workdir) / FOLDER, step).get("data", {})
+    return read_meta(absolute(workdir) / FOLDER, step).get("data", {})
 
 
 def measured(workdir: epath.PathLike) -> dict[str, Any]:
     """Returns how the statistics of the newest step's weights were measured (`replace_statistics`), {} if none were."""
     directory = absolute(workdir) / FOLDER
     steps = steps_of(directory)
-    meta = _read_meta(directory, steps[0]) if steps else {}
+    meta = read_meta(directory, steps[0]) if steps else {}
     return {name: meta[name] for name in OF_WEIGHTS if name in meta}
 
 
@@ -230,7 +230,7 @@ def load(
     which = "ema" if ema else "params"
     for candidate in [step] if step is not None else steps:
         try:
-            meta = hosts.together("meta", functools.partial(_read_meta, directory, candidate))
+            meta = hosts.together("meta", functools.partial(read_meta, directory, candidate))
             if which not in meta["arrays"]:
                 raise InputError(
                     f"step {candidate} of {workdir} has no moving average of weights; --weights=params takes the last"
@@ -285,7 +285,7 @@ def replace_statistics(
       extra: more JSON for `meta`, such as how they were measured.
     """
     folder = absolute(workdir) / FOLDER / str(step)
-    meta = _read_meta(folder.parent, step)
+    meta = read_meta(folder.parent, step)
     used = _folder_of(meta, "statistics") if "statistics" in meta["arrays"] else None
     free = next(name for name in _STATISTICS if name != used)
     with ocp.StandardCheckpointer() as writer:
@@ -319,7 +319,8 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
 
 
-def _read_meta(directory: epath.Path, step: int) -> dict[str, Any]:
+def read_meta(directory: epath.Path, step: int) -> dict[str, Any]:
+    """Returns what a step says of itself (config, data, shape and digest of every array); raises where damaged."""
     meta = ocp.JsonCheckpointHandler().restore(directory / str(step) / "meta")
     stored = meta.pop("digest")
     if stored != _meta_digest(meta):

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, PngImagePlugin
 
-from unclip_jax import captioned_grid, hosts, metrics, programs, unclip
+from unclip_jax import captioned_grid, hosts, metrics, programs, provenance, unclip
 from unclip_jax.data import captions as captions_lib
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.stopping import Polled, Stopping
@@ -172,7 +172,7 @@ class Writer:
             "prompt": image.prompt,
             "seed": str(image.seed),
             "prior": image.prior,
-            "Software": f"unclip_jax {self.record['versions']['unclip_jax']}",
+            **provenance.marks(f"unclip_jax {self.record['versions']['unclip_jax']}"),
             "unclip_jax": json.dumps(self.record, sort_keys=True),
         }
         if self.record.get("negative_prompt"):

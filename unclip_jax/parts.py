@@ -145,8 +145,11 @@ def check_variance(config: ConfigDict, statistics: Any, *, name: str, folder: st
         )
 
 
-def check_clip(parts: Mapping[str, Part]) -> None:
-    """All stages must describe, and where one can still look, have been trained on, the CLIP that is here."""
+def check_clip(parts: Mapping[str, Part], *, fingerprint: str = "") -> None:
+    """All stages must describe, and where one can still look, have been trained on, the CLIP that is here.
+
+    `fingerprint` is that of its weights, where they are not in memory.
+    """
     # A decoder of captions alone has none, whatever its config says of one.
     readers = {name: part for name, part in parts.items() if hasattr(part.stage, "clip")}
     if "clip" not in parts:
@@ -159,13 +162,13 @@ def check_clip(parts: Mapping[str, Part]) -> None:
         wrong = base.clip_differences(there=part.config.clip, here=clip.config.model)
         if wrong:
             raise InputError(f"{name} was trained on another CLIP than {clip.workdir}: {'; '.join(wrong)}")
-        _check_weights(part, clip)
+        _check_weights(part, clip, fingerprint)
 
 
-def _check_weights(part: Part, clip: Part) -> None:
+def _check_weights(part: Part, clip: Part, fingerprint: str) -> None:
     """Compares CLIP's weights with those that the part's run recorded of the CLIP it read."""
     theirs = checkpoint.trained_on(part.workdir, part.step).get("frozen.clip")
-    if theirs not in (None, digests.fingerprint(clip.params)):
+    if theirs not in (None, fingerprint or digests.fingerprint(clip.params)):
         raise InputError(
             f"{part.name} was trained on the CLIP that was in {part.config.frozen.clip}, whose weights are not those "
             f"in {clip.workdir}; give that one as clip, or train {part.name} on this one"

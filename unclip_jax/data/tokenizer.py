@@ -60,8 +60,7 @@ class Tokenizer:
         Raises:
           InputError: if the folder or a file is missing or damaged, or if a known caption gets the wrong ids.
         """
-        folder = importlib.resources.files(vocabulary_training.__package__) if vocabulary == "tiny" else None
-        symbols, merges = _read(pathlib.Path(str(folder)) if folder else pathlib.Path(vocabulary).expanduser())
+        symbols, merges = _read(_folder(vocabulary))
         _check_symbols(symbols, merges, vocabulary)
         self.vocab_size = len(symbols)
         self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
@@ -115,6 +114,13 @@ class Tokenizer:
         # and so fails ("already borrowed") when loader threads share it.
         return [encoded.ids for encoded in self._clip.encode_batch_fast(cleaned, add_special_tokens=False)]
 
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes `vocab.json` and `merges.txt`, which make the same tokenizer again."""
+        symbols, merges = _read(_folder(self._vocabulary))
+        (folder / "vocab.json").write_text(json.dumps(symbols, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         # Loader processes read and check the vocabulary themselves.
         return Tokenizer, (self._vocabulary,)
@@ -130,6 +136,12 @@ def _clip_tokenizer(symbols: dict[str, int], merges: Any) -> "tokenizers.Tokeniz
     # "<|endoftext|>" in a caption is text.
     backend.encode_special_tokens = True
     return backend
+
+
+def _folder(vocabulary: str) -> pathlib.Path:
+    if vocabulary == "tiny":
+        return pathlib.Path(str(importlib.resources.files(vocabulary_training.__package__)))
+    return pathlib.Path(vocabulary).expanduser()
 
 
 def _read(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
