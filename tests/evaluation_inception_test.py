@@ -1,6 +1,7 @@
 """The FID Inception network against features that torch-fidelity's computed in float64; and each known slip, caught."""
 
 import functools
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,10 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import inception_folder
 
 from unclip_jax.errors import InputError
-from unclip_jax.evaluation import inception, inception_network
+from unclip_jax.evaluation import image_sets, inception, inception_network, scoring
 
 BAR = 2e-6
 # The quietest slip has to be as far above the bar as float32's rounding is below it, and more.
@@ -203,3 +205,15 @@ def test_tensors_of_another_network_are_refused():
 
 def test_redrawn_weights_are_named_after_their_seed():
     assert inception.redrawn(inception.ANSWERS_SEED).name == "inception-2015-12-05-redrawn-20151205"
+
+
+def test_a_folder_of_pictures_has_torch_fidelitys_features(params, tmp_path):
+    inception_folder.write(tmp_path)
+    wanted = np.load(pathlib.Path(inception_folder.__file__).parent / inception_folder.ANSWERS)
+    feature_set, lines = inception.FeatureSet("redrawn", params), []
+    batches = image_sets.read(tmp_path, batch_size=2)
+    found = scoring.extracted(
+        feature_set, batches, 3, names=tuple(inception.WIDTHS), batch_size=2, report=lines.append, what="pictures"
+    )
+    assert inception.distance(found, {name: wanted[name] for name in inception.WIDTHS}) <= BAR
+    assert lines[-1].startswith("pictures: 3 of 3, ")

@@ -1,24 +1,23 @@
 """Computes the features that `inception.check_device` and tests know, by torch-fidelity's network in float64.
 
-    python tests/parity/inception_answers.py
+    PYTHONPATH=.:tests python -m parity.inception_answers
 
-rewrites `unclip_jax/evaluation/inception_answers.npz`. It needs torch 2.13.0, torch-fidelity 0.4.0 and torchvision
-0.28.0; tests need none of these.
+rewrites `unclip_jax/evaluation/inception_answers.npz` and `tests/parity/inception_folder.npz`: features of a folder of
+PNG files as torch-fidelity reads it, and the distance of two files of moments as pytorch-fid reads them. It needs torch
+2.13.0, torch-fidelity 0.4.0, pytorch-fid 0.3.0 and torchvision 0.28.0; tests need none but torch, and few of them that.
 """
 
 import pathlib
-import sys
 import tempfile
 from typing import Any
 
 import numpy as np
 import torch
+from parity import inception_folder
+
+from unclip_jax.evaluation import inception
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from unclip_jax.evaluation import inception  # noqa: E402
-
 SIZES = (299, 256, 64)
 
 
@@ -55,9 +54,33 @@ def answers(network, names, images: np.ndarray) -> dict[str, np.ndarray]:
     return {name: value.numpy().astype(np.float32) for name, value in found.items()}
 
 
+def of_folder(network, names, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Features of the folder that the test writes, through torch-fidelity's own reading of it."""
+    from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
+
+    inception_folder.write(folder)
+    paths = [str(folder / f"{name}.png") for name in inception_folder.NAMES]
+    data = ImagesPathDataset(paths, transforms=TransformPILtoRGBTensor())
+    images = torch.stack([data[number] for number in range(len(data))])
+    return answers(network, names, images.permute(0, 2, 3, 1).numpy())
+
+
+def of_files(folder: pathlib.Path) -> np.ndarray:
+    """pytorch-fid's distance of two files that the test writes."""
+    from pytorch_fid import fid_score
+
+    paths = inception_folder.write_moments(folder)
+    read = [fid_score.compute_statistics_of_path(str(path), None, 1, 2048, "cpu") for path in paths]
+    return np.asarray(fid_score.calculate_frechet_distance(*read[0], *read[1]))
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        network, names = extractor(pathlib.Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        network, names = extractor(folder)
+        kept: dict[str, Any] = of_folder(network, names, folder / "images")
+        kept["fid"] = of_files(folder)
+    np.savez(ROOT / "tests" / "parity" / inception_folder.ANSWERS, **kept)
     arrays: dict[str, Any] = {}
     for size in SIZES:
         for name, value in answers(network, names, inception.known_images(size)).items():

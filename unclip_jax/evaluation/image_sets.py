@@ -22,7 +22,7 @@ ARRAY = "arr_0"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
-Batch = UInt8[np.ndarray, "b h w 3"]
+Batch = UInt8[np.ndarray, "_ _ _ 3"]
 Prepare = Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "h2 w2 3"]]
 
 

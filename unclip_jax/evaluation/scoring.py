@@ -175,8 +175,8 @@ def metrics(
     for whose, count in (("samples", len(own["2048"])), ("reference", known.count)):
         if 0 < count <= len(known.mu):
             notes.append(
-                f"FID and sFID are mostly bias: the {whose} are {count} images, no more than the {len(known.mu)} "
-                "dimensions of a feature"
+                f"FID and sFID are mostly bias: there are {count} images in the {whose}, no more than the "
+                f"{len(known.mu)} dimensions of a feature"
             )
     return found
 
