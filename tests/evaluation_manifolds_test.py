@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.errors import InputError
-from unclip_jax.evaluation import manifolds
+from unclip_jax.evaluation import manifolds, uncertainty
 
 
 def by_hand(reference, samples, k):
@@ -25,7 +25,7 @@ def by_hand(reference, samples, k):
     }
 
 
-@pytest.mark.parametrize("pairs", [1, 37 * 5, 1 << 25])
+@pytest.mark.parametrize("pairs", [1, 37 * 5, 1 << 24])
 @pytest.mark.parametrize(("k", "shift"), [(1, 0.0), (3, 0.5), (3, 100.0)])
 def test_they_are_what_loops_find(monkeypatch, pairs, k, shift):
     monkeypatch.setattr(manifolds, "_PAIRS", pairs)
@@ -80,6 +80,34 @@ def test_rows_order_turns_and_shifts_change_nothing():
     assert manifolds.measures(reference @ turn + 50, samples @ turn + 50) == pytest.approx(found)
 
 
+@pytest.mark.parametrize(("count", "groups", "pairs"), [(60, 6, 1 << 24), (60, 6, 40), (7, 2, 1 << 24)])
+def test_error_bars_are_the_jackknifes(monkeypatch, count, groups, pairs):
+    """Distances are computed once, and yet it is as if all had been measured anew without each group."""
+    monkeypatch.setattr(manifolds, "_PAIRS", pairs)
+    rng = np.random.default_rng(5)
+    reference, samples = rng.standard_normal((40, 3)), 0.9 * rng.standard_normal((count, 3)) + 0.4
+    found = manifolds.measured(reference, samples, 2, seed=3, groups=groups)
+    names = list(found)
+
+    def statistic(rows):
+        measures = manifolds.measures(reference, rows, 2)
+        return np.array([measures[name] for name in names])
+
+    value, error = uncertainty.of(statistic, samples, 3, groups=groups)
+    for place, name in enumerate(names):
+        assert found[name] == (pytest.approx(value[place]), pytest.approx(error[place]))
+        assert found[name].standard_error > 0
+
+
+def test_error_bars_are_those_of_new_draws():
+    rng = np.random.default_rng(6)
+    reference = rng.standard_normal((100, 2))
+    draws = [manifolds.measured(reference, 0.7 * rng.standard_normal((120, 2)) + 0.5) for _ in range(60)]
+    for name in draws[0]:
+        values, errors = zip(*(draw[name] for draw in draws), strict=True)
+        assert 0.7 < np.mean(errors) / np.std(values) < 1.4, name  # the jackknife is not sharp for k-th neighbours
+
+
 @pytest.mark.parametrize(
     ("reference", "samples", "k", "says"),
     [
@@ -93,3 +121,8 @@ def test_rows_order_turns_and_shifts_change_nothing():
 def test_bad_input_gets_a_sentence(reference, samples, k, says):
     with pytest.raises(InputError, match=says):
         manifolds.measures(reference, samples, k)
+
+
+def test_too_few_samples_to_leave_a_group_out():
+    with pytest.raises(InputError, match="5 samples less one of 2 groups have no 3 neighbours each"):
+        manifolds.measured(np.ones((9, 2)), np.ones((5, 2)), groups=2)

@@ -22,6 +22,7 @@ from unclip_jax.evaluation import (
     kernel_distances,
     manifolds,
     references,
+    uncertainty,
 )
 from unclip_jax.evaluation.frechet import Moments
 from unclip_jax.evaluation.uncertainty import Measured
@@ -170,8 +171,7 @@ def metrics(
     if held is not None:
         found["kid"] = _measured(kernel_distances.measured_kid(own["2048"], held["2048"]))
         if min(len(own["2048"]), len(held["2048"])) > _NEIGHBOURS:
-            shares = manifolds.measures(held["2048"], own["2048"], k=_NEIGHBOURS)
-            found |= {name: {"value": value, "standard_error": None} for name, value in shares.items()}
+            found |= _shares(held["2048"], own["2048"])
     for whose, count in (("samples", len(own["2048"])), ("reference", known.count)):
         if 0 < count <= len(known.mu):
             notes.append(
@@ -182,6 +182,15 @@ def metrics(
 
 
 _NEIGHBOURS = 3  # as in ADM's evaluation
+
+
+def _shares(held: Float[np.ndarray, "m d"], own: Float[np.ndarray, "n d"]) -> dict[str, dict[str, float | None]]:
+    """Precision, recall, density and coverage; an error bar leaves out groups, which takes some samples."""
+    if len(own) < 2 * uncertainty.GROUPS:
+        shares = manifolds.measures(held, own, k=_NEIGHBOURS)
+        return {name: {"value": value, "standard_error": None} for name, value in shares.items()}
+    estimates = manifolds.measured(held, own, k=_NEIGHBOURS)
+    return {name: estimate._asdict() for name, estimate in estimates.items()}
 
 
 def _measured(result: Measured) -> dict[str, float | None]:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Float, Float64, Int64, Shaped
 
 from unclip_jax.data import order
 from unclip_jax.errors import InputError
@@ -104,14 +104,27 @@ def of(
     Raises:
       InputError: fewer rows than groups, or fewer than two groups.
     """
-    count = len(rows)
+    group = dealt(len(rows), groups, seed)
+    without = np.stack([np.asarray(statistic(rows[group != number]), np.float64) for number in range(groups)])
+    return jackknifed(np.asarray(statistic(rows), np.float64), without)
+
+
+def dealt(count: int, groups: int, seed: int) -> Int64[np.ndarray, "_"]:
+    """Deals rows into groups of nearly equal size at random: int64 [count] in [0, groups); the same for ever.
+
+    Raises:
+      InputError: fewer rows than groups, or fewer than two groups.
+    """
     if not 2 <= groups <= count:
         raise InputError(f"{count} rows cannot be dealt into {groups} groups; give at least 2 groups and as many rows")
     _, places = order.shuffled(np.arange(count, dtype=np.int64), count=count, seed=seed)
-    group = places % groups
-    without = np.stack([np.asarray(statistic(rows[group != number]), np.float64) for number in range(groups)])
+    return places % groups
+
+
+def jackknifed(value: Float64[np.ndarray, "..."], without: Float64[np.ndarray, "groups ..."]) -> Estimate:
+    """Returns the estimate of a statistic, given what it is without each group."""
+    groups = len(without)
     error = np.sqrt((groups - 1) / groups * ((without - without.mean(0)) ** 2).sum(0))
-    value = np.asarray(statistic(rows), np.float64)
     return Estimate(value, error) if value.ndim else Estimate(float(value), float(error))
 
 
