@@ -1,5 +1,6 @@
 """Images from prompts: as a program that is stopped and goes on, and what it refuses."""
 
+import hashlib
 import json
 import pathlib
 import signal
@@ -177,6 +178,39 @@ def test_a_negative_prompt_reaches_the_model_and_stands_in_every_image(tmp_path,
     assert json.loads((tmp_path / "manifest.json").read_text())["record"]["negative_prompt"] == negative
     with pytest.raises(InputError, match="negative_prompt was"):
         _writer(tmp_path, negative_prompt=STAR)
+
+
+def test_variations_are_of_the_picture_and_named_for_it(tmp_path):
+    given = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    Image.fromarray(given).save(tmp_path / "given.png")
+    picture, digest = generate.read_picture(str(tmp_path / "given.png"))
+    assert digest == hashlib.sha256((tmp_path / "given.png").read_bytes()).hexdigest()
+    asked = []
+
+    class Model(unclip.UnCLIP):
+        microbatch = 2
+
+        def vary(self, images, captions=None, **options):
+            asked.append((images, captions, options["ids"]))
+            return unclip.Generation(None, {"decoder": images}, {})
+
+    class NeverStop:
+        def poll(self):
+            return False
+
+    images = generate.wanted_images([""], priors=[generate.IMAGE], seed=3, samples=3)
+    writer = _writer(tmp_path / "out", image=digest)
+    assert generate.make(Model.__new__(Model), writer, images, NeverStop(), picture=picture) == programs.DONE
+    assert [captions for _, captions, _ in asked] == [["", ""], [""]]
+    assert all(np.array_equal(image, given) for stack, _, _ in asked for image in stack)
+    assert len({number for _, _, ids in asked for number in ids}) == 3
+    assert [image.name for image in images] == [f"00000-image-seed{seed}" for seed in (3, 4, 5)]
+    assert all(writer.has(image) for image in images)
+    with pytest.raises(InputError, match="nowhere.png.*cannot be read"):
+        generate.read_picture(str(tmp_path / "nowhere.png"))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "given.png").read_bytes()[:60])
+    with pytest.raises(InputError, match="cut.png.*cannot be decoded"):
+        generate.read_picture(str(tmp_path / "cut.png"))
 
 
 def test_every_sampling_flag_names_a_setting_that_its_stages_have():

@@ -10,9 +10,13 @@ steps as text; `grid.png` shows all of them with their prompts, `manifest.json` 
 Sample k of a prompt has the seed `--seed` + k, and the same prompt, seed, models and options make the same image,
 whatever else is asked for. Stopped by SIGTERM or Ctrl-C (exit code 42) it keeps what is written, and the same command
 makes the images that are missing. An empty prompt is refused: CLIP never saw an empty caption.
+
+`--image=picture.png` draws variations of a picture: its embedding takes the place of what a prior would make of a
+prompt. A prompt may be given beside it, for a decoder that reads captions.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -29,11 +33,14 @@ from PIL import Image, PngImagePlugin
 
 from unclip_jax import captioned_grid, hosts, metrics, programs, provenance, unclip
 from unclip_jax.data import captions as captions_lib
+from unclip_jax.data import images as images_lib
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.stopping import Polled, Stopping
 
 _LOG = logging.getLogger("unclip_jax.generate")  # __name__ is "__main__" where this is the program
 MANIFEST, GRID = "manifest.json", "grid.png"
+# In a prior's place where the embedding is that of a given picture.
+IMAGE = "image"
 # The grid shows at most so many images: beyond that nobody looks, and it would not fit into memory.
 _GRID_LIMIT = 256
 _LIBRARIES = ("unclip_jax", "jax", "jaxlib", "flax", "numpy")
@@ -62,7 +69,7 @@ class Wanted:
       index: of its prompt in the list of prompts.
       prompt: the caption.
       seed: of its noise.
-      prior: a key of `unclip.PRIORS`.
+      prior: a key of `unclip.PRIORS`, or IMAGE.
     """
 
     index: int
@@ -107,6 +114,22 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     if not prompts:
         raise InputError(f"there is no prompt{f' in {path!r}' if path else ''}; give --prompt='…' or --prompts=FILE")
     return prompts
+
+
+def read_picture(path: str) -> tuple[np.ndarray, str]:
+    """Returns a picture, uint8 [h, w, 3], and the SHA-256 of its file.
+
+    Raises:
+      InputError: the file cannot be read, or is no whole JPEG, PNG or WebP.
+    """
+    try:
+        content = pathlib.Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise InputError(f"the picture {path!r} cannot be read: {error}") from error
+    try:
+        return images_lib.decode(content), hashlib.sha256(content).hexdigest()
+    except InputError as error:
+        raise InputError(f"the picture {path!r} cannot be decoded: {error}") from error
 
 
 def versions() -> dict[str, str]:
@@ -226,15 +249,24 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def make(
-    model: unclip.UnCLIP, writer: Writer, images: Sequence[Wanted], stop: Polled, *, negative: str | None = None
+    model: unclip.UnCLIP,
+    writer: Writer,
+    images: Sequence[Wanted],
+    stop: Polled,
+    *,
+    negative: str | None = None,
+    picture: np.ndarray | None = None,
 ) -> int:
-    """Makes the images that are missing, a microbatch of one prior at a time; returns an exit code."""
+    """Makes the images that are missing, a microbatch of one prior at a time; returns an exit code.
+
+    Those whose prior is IMAGE are variations of `picture`, uint8 [h, w, 3].
+    """
     missing = [image for image in images if not writer.has(image)]
     done = len(images) - len(missing)
     if done:
         _LOG.info("%d of %d images are there already", done, len(images))
     progress = metrics.Progress("images", start=done, total=len(images), examples_per_step=1)
-    for prior in unclip.PRIORS:
+    for prior in (*unclip.PRIORS, IMAGE):
         own = [image for image in missing if image.prior == prior]
         for start in range(0, len(own), model.microbatch):
             if stop.poll():
@@ -242,12 +274,12 @@ def make(
                 _LOG.info("stopped after %d of %d images; the same command makes the others", done, len(images))
                 return programs.REQUEUE
             batch = own[start : start + model.microbatch]
-            made = model.generate(
-                [image.prompt for image in batch],
-                ids=[unclip.image_id(image.prompt, image.seed) for image in batch],
-                prior=prior,
-                negative=negative,
-            )
+            said = [image.prompt for image in batch]
+            ids = [unclip.image_id(image.prompt, image.seed) for image in batch]
+            if picture is None:
+                made = model.generate(said, ids=ids, prior=prior, negative=negative)
+            else:
+                made = model.vary(np.stack([picture] * len(batch)), said, ids=ids)
             for row, image in enumerate(batch):
                 writer.write(image, {stage: pixels[row] for stage, pixels in made.images.items()})
             done += len(batch)
@@ -262,6 +294,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
     flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
     flags.DEFINE_string("negative_prompt", None, "What not to draw: guidance steers away from it.")
+    flags.DEFINE_string("image", None, "A picture to draw variations of, in the place of a prior.")
     flags.DEFINE_string("out", None, "Folder for the images.")
     flags.DEFINE_integer("seed", 0, "Seed of the first sample of each prompt.", 0, 2**31 - 1)
     flags.DEFINE_integer("samples", 1, "Images per prompt.", lower_bound=1)
@@ -305,7 +338,14 @@ def main(argv: Sequence[str]) -> int:
         if prior not in unclip.PRIORS:
             raise InputError(f"--prior={prior} is unknown; {nearest(prior, unclip.PRIORS)}")
     priors = list(dict.fromkeys(options.prior))
-    prompts = read_prompts(options.prompt, options.prompts)
+    picture, digest = read_picture(options.image) if options.image else (None, None)
+    if picture is None:
+        prompts = read_prompts(options.prompt, options.prompts)
+    else:
+        priors = [IMAGE]
+        if options.negative_prompt:
+            raise InputError("--negative_prompt and --image do not go together")
+        prompts = read_prompts(options.prompt, options.prompts) if options.prompt or options.prompts else [""]
     negative = options.negative_prompt and captions_lib.clean(options.negative_prompt)
     if negative == "":
         raise InputError("--negative_prompt is empty; leave it out: the empty caption is what guidance leaves anyway")
@@ -326,7 +366,8 @@ def main(argv: Sequence[str]) -> int:
         devices_per_image=options.devices_per_image,
     )
     for prior in priors:
-        model.check(prior=prior, negative=negative)
+        if picture is None:
+            model.check(prior=prior, negative=negative)
     record = {
         "models": {name: {"workdir": part.workdir, "step": part.step} for name, part in model.parts.items()},
         "sampling": {
@@ -334,12 +375,13 @@ def main(argv: Sequence[str]) -> int:
         },
         "weights": options.weights,
         "negative_prompt": negative,
+        **({"image": digest} if digest else {}),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
     images = wanted_images(prompts, priors=priors, seed=options.seed, samples=options.samples)
     writer = Writer(options.out, record=record, stages=options.stages)
-    code = make(model, writer, images, stop, negative=negative)
+    code = make(model, writer, images, stop, negative=negative, picture=picture)
     timings = {name: dataclasses.asdict(timing) for name, timing in model.timings.items()}
     there = [image for image in images if writer.has(image)]
     writer.manifest(there, {**timings, "seconds": time.monotonic() - began})

@@ -61,7 +61,8 @@ def image_id(prompt: str, seed: int) -> int:
 def names_for(models: str, *, priors: Sequence[str]) -> list[str]:
     """Returns the parts that images by these priors need: clip, the priors, the decoder and what upsamplers there are.
 
-    A decoder of captions alone needs no clip.
+    What is no key of PRIORS, such as the embedding of a picture, needs none of its own. A decoder of captions alone
+    needs no clip.
 
     Raises:
       InputError: there is no such folder.
@@ -69,7 +70,7 @@ def names_for(models: str, *, priors: Sequence[str]) -> list[str]:
     there = parts_lib.folders(models)
     clip = ["clip"] if "clip" in there or set(priors) != {"dropped"} else []
     upsamplers = [name for name in there if STAGES[name] == "upsampler"]
-    return [*clip, *(name for prior in priors if (name := PRIORS[prior])), "decoder", *upsamplers]
+    return [*clip, *(name for prior in priors if (name := PRIORS.get(prior))), "decoder", *upsamplers]
 
 
 def _mesh(devices_per_image: int) -> jax.sharding.Mesh:

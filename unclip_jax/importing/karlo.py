@@ -105,6 +105,11 @@ def original(request: Request) -> Parts:
     config = _decoder(request, fields, described, _process("eps", "learned_range", 1.0), timesteps="50")
     table = karlo_tables.original_decoder(_network(Decoder, config.model))
     yield "decoder", formats.network(config, table, state, request)
+    yield from _upsamplers(request, root)
+
+
+def _upsamplers(request: Request, root: pathlib.Path) -> Parts:
+    """Both networks of the one file `improved-sr-ckpt-…`."""
     both = tensors.open_tensors(_file(root, "upsampler"))
     for name, prefix in (("upsampler_1_last", "model_last_step."), ("upsampler_1", "model_first_steps.")):
         state = {key: tensor for key, tensor in both.items() if key.startswith(prefix)}

@@ -165,8 +165,8 @@ class _Unpickler(pickle.Unpickler):
 def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
     """Returns the tensors of a file by name; see `tensors.open_tensors`.
 
-    Names of nested dictionaries and modules are joined by dots. Of a training checkpoint only the entry `state_dict`
-    counts, where there is one.
+    Names of nested dictionaries and modules are joined by dots; in lists, numbers are the names. Of a training
+    checkpoint only the entry `state_dict` counts, where there is one.
 
     Raises:
       InputError: the file is damaged, or its pickle names what is no tensor.
@@ -198,6 +198,8 @@ def _named(value: Any, name: str, depth: int, count: list[int]) -> Iterator[tupl
         yield name, value
         return
     parts = value.state if isinstance(value, _Module) else value
+    if isinstance(parts, list | tuple):
+        parts = dict(enumerate(parts))
     if isinstance(parts, dict):
         for key, part in parts.items():
             yield from _named(part, f"{name}.{key}" if name else str(key), depth + 1, count)
