@@ -3,7 +3,7 @@
 "CLIP score" is at least seven things in public code, which differ by the CLIP, by words before the caption, by a factor
 and by whether a negative cosine counts as 0; `DEFINITIONS` has them, and a score is reported under a definition's
 `name`, which says all four. The CLIP must not be the one that the prior or the decoder was trained on: guidance by a
-CLIP raises that CLIP's score while people see no improvement (Nichol et al., 2021, section 5).
+CLIP raises that CLIP's score while people see no improvement (Nichol et al., 2021).
 """
 
 import dataclasses

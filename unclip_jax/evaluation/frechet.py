@@ -124,7 +124,7 @@ def measured(x: Features, reference: Moments) -> Measured:
     """Returns the distance of samples, float [n, d], from a reference that is held fixed, with each row's influence.
 
     The derivative of the distance by mu is 2 (mu - nu), by S it is 1 - T, where T = B (B^T S B)^(-1/2) B^T carries the
-    samples' Gaussian onto the reference's (Rippl, Munk and Sturm, 2016, theorem 2.2). On the rows' own span this holds
+    samples' Gaussian onto the reference's (Rippl, Munk and Sturm, 2016). On the rows' own span this holds
     for fewer rows than dimensions, too.
 
     Raises:
@@ -166,7 +166,7 @@ class Extrapolation:
 def at_infinity(
     x: Features, y: Features | Moments, seed: int, *, points: int = _POINTS, smallest: int = 0
 ) -> Extrapolation:
-    """Extrapolates the distance over 1 / N (Chong and Forsyth, 2020, section 4): free of the samples' bias.
+    """Extrapolates the distance over 1 / N (Chong and Forsyth, 2020): free of the samples' bias.
 
     The reference is as it is: its own bias stays. The law 1 / N holds where N is well above d.
 

@@ -24,7 +24,7 @@ CMMD_SCALE = 1000.0
 def kid(x: Features, y: Features) -> float:
     """Returns the kernel inception distance of samples, float [n, d], from a reference, float [m, d].
 
-    With the kernel (x . y / d + 1)^3 (Bińkowski et al., 2018, section 4), and over all pairs: the unbiased U-statistic
+    With the kernel (x . y / d + 1)^3 (Bińkowski et al., 2018), and over all pairs: the unbiased U-statistic
     (Gretton et al., lemma 6), which is 0 in the mean over sets of one law, and so may be negative.
 
     Raises:
@@ -72,7 +72,7 @@ def kid_of_subsets(x: Features, y: Features, subsets: int = 100, size: int = 100
 
 
 def cmmd(x: Features, y: Features) -> float:
-    """Returns CLIP's maximum mean discrepancy (Jayasumana et al., 2024, section 4), at least 0, times 1,000.
+    """Returns CLIP's maximum mean discrepancy (Jayasumana et al., 2024), at least 0, times 1,000.
 
     Of embeddings at length 1 (they are brought to it), by a Gaussian kernel of width 10, over all pairs, each row with
     itself too: the biased V-statistic, as published. Its authors' CLIP is ViT-L/14 at 336 pixels; a value belongs to

@@ -2,7 +2,7 @@
 
 Precision and recall are Kynkäänniemi et al.'s (2019, equations 1 and 2), computed as ADM does (Dhariwal and Nichol,
 2021): a row lies in a ball if its squared distance to the centre is at most the radius squared, and a row is no
-neighbour of its own. Density and coverage are Naeem et al.'s (2020, equations 4 and 5), by the same balls. Products are
+neighbour of its own. Density and coverage are Naeem et al.'s (2020), by the same balls. Products are
 float32. All four move with the sizes of both sets, so these belong to any number.
 """
 
