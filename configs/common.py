@@ -123,7 +123,8 @@ def laptop(config: ConfigDict, *, emoji: bool) -> ConfigDict:
 def pod(config: ConfigDict) -> ConfigDict:
     """Names what the user of a large config brings: data of their own, and OpenAI's CLIP vocabulary."""
     # All chips share the weights: gradients are scattered, which is half the bytes of summing them everywhere.
-    config.mesh.update({"data": 1, "fsdp": -1})
+    # Gradients are scattered among fewer chips than a slice has: among all of them, TPUs sum in full, twice the bytes.
+    config.mesh.update({"data": 2, "fsdp": -1})
     config.data.dataset = ""  # a folder that `python -m unclip_jax.prepare` made
     config.data.vocabulary = "~/unclip_data/clip_vocabulary"  # holds vocab.json and merges.txt
     return config

@@ -264,7 +264,11 @@ def test_between_slices_the_slower_network_carries_a_share():
 def test_padding_to_the_matrix_unit_wastes_what_does_not_divide():
     channels = Product(rows=4096, contracted=192, columns=320, times=9)
     assert channels.flops == 2 * 4096 * 192 * 320 * 9
-    assert channels.padded_flops(128) / channels.flops == pytest.approx(256 / 192 * 384 / 320)
+    # 4,096 rows may be what is held: then no column is padded.
+    assert channels.padded_flops(128) / channels.flops == pytest.approx(256 / 192)
+    odd = Product(rows=130, contracted=128, columns=320)
+    assert odd.padded_flops(128) / odd.flops == pytest.approx(384 / 320)  # 130 rows stream, 320 columns are held
+    assert Product(3, 128, 128).padded_flops(128) == 2 * 128**3
     assert Product(4096, 512, 512).padded_flops(256) == Product(4096, 512, 512).flops
 
 

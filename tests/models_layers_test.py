@@ -1,5 +1,7 @@
 """Shared layers against float64 NumPy, loops written from the definitions, and invariances."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,7 @@ def test_layers_of_heads_are_products_over_their_axes(split):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
     rules = (("embed", "fsdp"), ("heads", "model")) if split else (("embed", "fsdp"),)
     x = jnp.asarray(rng.standard_normal((4, 5, 8)), jnp.float32)
-    apart, joined = layers.split_heads(3, 2, 6), layers.join_heads(8)
+    apart, joined = layers.SplitHeads(3, 2, 6), layers.JoinHeads(8)
     weights = [
         jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 3, 2, 6), (3, 2, 6), (2, 6, 8), (8,))
     ]
@@ -129,5 +131,28 @@ def test_layers_of_heads_are_products_over_their_axes(split):
         return jnp.einsum("bnhk,hkd->bnd", y[:, :, 1], back) + offset
 
     np.testing.assert_allclose(jax.jit(through)(x, weights), by_hand(x, weights), atol=1e-5)
-    found, wanted = (jax.grad(lambda w, f=f: jnp.square(f(x, w)).sum())(weights) for f in (through, by_hand))
+    found, wanted = (jax.jit(jax.grad(lambda w, f=f: jnp.square(f(x, w)).sum()))(weights) for f in (through, by_hand))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+
+
+def test_a_weights_gradient_is_scattered_over_fsdp_and_its_pieces_summed_over_the_rest():
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "model": 1})
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((16, 6, 6, 4), (3, 3, 4, 8)))
+    layer = layers.conv(8, use_bias=False)
+
+    def loss(kernel, x):
+        with sharding.on(mesh, (("conv_out", "fsdp"),)):
+            return jnp.square(layer.apply({"params": {"kernel": kernel}}, x)).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    text = gradient.lower(kernel, x).as_text()
+    # Of a device's own part of the gradient, whole, to half of it; then between the four that hold this half.
+    (scattered,) = re.findall(r"reduce_scatter.*?: \((tensor<[^>]*>)\) -> (tensor<[^>]*>)", text, re.DOTALL)
+    assert scattered == ("tensor<3x3x4x8xf32>", "tensor<3x3x4x4xf32>")
+
+    def plainly(kernel):
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.square(y).sum()
+
+    np.testing.assert_allclose(gradient(kernel, x), jax.grad(plainly)(kernel), rtol=2e-5, atol=1e-4)

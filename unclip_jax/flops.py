@@ -34,14 +34,17 @@ class Product:
     def padded_flops(self, side: int) -> float:
         """Operations of a matrix unit of side x side for it, which are wasted in part.
 
-        The unit holds a piece of one factor, padded in both dimensions; while it loads the next, as many rows of the
-        other can stream through; so all three dimensions are padded. What a compiler may do besides, such as
-        laying taps of a convolution side by side, is left out.
+        The unit holds a piece of one factor, padded in both dimensions. Rows of the other stream through it, any number
+        of them; but while it loads the next piece, `side` could, so fewer take as long. The compiler chooses which
+        factor is held: the better one, it is assumed. What it may do besides, such as laying taps of a convolution side
+        by side, is left out.
         """
-        padded = 2 * self.times
-        for size in (self.rows, self.contracted, self.columns):
-            padded *= math.ceil(size / side) * side
-        return padded
+
+        def filled(size: int) -> int:
+            return math.ceil(size / side) * side
+
+        held = (max(self.rows, side) * filled(self.columns), filled(self.rows) * max(self.columns, side))
+        return 2 * self.times * filled(self.contracted) * min(held)
 
 
 def count(fn: Callable[..., Any], *arguments: Any) -> Counter[Scope]:
@@ -53,9 +56,8 @@ def count(fn: Callable[..., Any], *arguments: Any) -> Counter[Scope]:
 
     Returns:
       Scope -> operations; () for those outside of any module. A `scan` counts its body as often as it runs, and a
-      `while`, whose length nobody knows beforehand, its body once. A `cond` counts its most expensive branch; but of
-      branches for several kinds of device, which compute the same, some of them parts of it twice, the cheapest that
-      has any. A kernel counts nothing.
+      `while`, whose length nobody knows beforehand, its body once. A `cond` counts its most expensive branch. A kernel
+      counts what it computes of each block, which may be more than what is used.
     """
     counts: Counter[Scope] = Counter()
     for scope, product in products(jax.make_jaxpr(fn)(*arguments).jaxpr):
@@ -78,23 +80,13 @@ def _products(jaxpr: core.Jaxpr, scope: Scope, times: int) -> Iterator[tuple[Sco
             product = operation(equation)
             yield here, dataclasses.replace(product, times=times * product.times)
             continue
-        if equation.primitive.name == "pallas_call":
-            continue
         bodies = list(_bodies(equation))
         if equation.primitive.name == "cond":
             branches = [list(_products(body, here, times)) for body in bodies]
-            counted = [branch for branch in branches if branch] or [[]]
-            choose = max if _asks_a_question(jaxpr, equation) else min
-            yield from choose(counted, key=lambda branch: sum(product.flops for _, product in branch))
+            yield from max(branches, key=lambda branch: sum(product.flops for _, product in branch))
             continue
         for body in bodies:
             yield from _products(body, here, times * _repetitions(equation))
-
-
-def _asks_a_question(jaxpr: core.Jaxpr, cond: core.JaxprEqn) -> bool:
-    """Whether a `cond` is of a boolean, not of the number of a platform or of a case."""
-    made = [equation for equation in jaxpr.eqns if cond.invars[0] in equation.outvars]
-    return any(str(getattr(one.invars[0].aval, "dtype", "")) == "bool" for one in made if one.invars)
 
 
 def _bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:

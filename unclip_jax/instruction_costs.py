@@ -209,7 +209,7 @@ def _hbm_bytes(module: Module, computation: Computation, instruction: Instructio
         return sum(_in_hbm(one) for one in instruction.outputs) + _least(instruction, operands[0])
     if instruction.opcode == "dynamic-update-slice":
         return _written(operands[0].outputs[0], operands[1].outputs[0]) + _size(operands[1])
-    if instruction.opcode in ("copy-start", "slice-start"):  # the values are (result, operand, …), (operand, result, …)
+    if fetches(module, instruction):  # the values are (result, operand, …), (operand, result, …)
         moved = instruction.outputs[0 if instruction.opcode == "copy-start" else 1]
         return _in_hbm(moved) + (moved.bytes if operands[0].outputs[0].in_hbm else 0)
     if instruction.opcode == "fusion":
@@ -218,7 +218,20 @@ def _hbm_bytes(module: Module, computation: Computation, instruction: Instructio
         return read + _result_bytes(called)
     if instruction.opcode.endswith("-start"):
         return 2 * sum(_size(one) for one in operands)
-    return sum(map(_size, operands)) + sum(map(_in_hbm, instruction.outputs))
+    # An array that stands in several places, as columns of one do that a kernel reads apart, is read once.
+    distinct = {one.name: one for one in operands}
+    return sum(map(_size, distinct.values())) + sum(map(_in_hbm, instruction.outputs))
+
+
+def fetches(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction starts to copy an array, or a part of one, while others compute."""
+    if instruction.opcode != "async-start":
+        return instruction.opcode in ("copy-start", "slice-start")
+    return all(
+        inner.opcode in ("parameter", "slice", "dynamic-slice", "copy", "bitcast")
+        for called in module.called(instruction)
+        for inner in called.instructions.values()
+    )
 
 
 def _in_hbm(array: Array) -> int:

@@ -102,6 +102,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
             sharding.traced_on(mesh, rules, step),
             donate_argnums=0,
             out_shardings=(state_sharding, sharding.replicated(mesh)),
+            compiler_options=_OVERLAP if mesh.devices.flat[0].platform == "tpu" else None,
         ),
         predict={name: jax.jit(sharding.traced_on(mesh, rules, fn)) for name, fn in stage.predict_fns().items()},
     )
@@ -114,6 +115,16 @@ def _value_and_grad(config: ConfigDict, stage: base.Stage, mesh: Mesh) -> Callab
         return jax.value_and_grad(loss, has_aux=True)
     sharpness.check(config.sam, batch_size=config.batch_size // config.optim.accumulation, mesh=mesh)
     return sharpness.value_and_grad(loss, config.sam, mesh)
+
+
+# A TPU's compiler then gathers weights while it computes something else; by itself it waits for them.
+_OVERLAP = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+}
 
 
 def _once(mesh: Mesh) -> dict[str, Any] | None:

@@ -145,6 +145,7 @@ class _Walk:
         """Returns how long a computation takes once; adds to the totals what it costs in `times` runs."""
         clock, link, memory = 0.0, 0.0, 0.0
         finishes: dict[str, float] = {}
+        fetched: set[str] = set()  # what comes from this device's own memory, not from others
         for one in computation.instructions.values():
             if one.opcode == "while":
                 trips = self.module.trips(computation, one)
@@ -157,10 +158,11 @@ class _Walk:
                 cost, work, exchange = self._times(computation, one, times)
                 if cost.waits:
                     late = max(finishes.get(cost.waits, clock) - clock, 0.0)
-                    if not one.opcode.startswith(("copy", "slice")):
+                    if cost.waits not in fetched:
                         self.total.exposed_seconds += times * late
                     clock += late
                 elif cost.starts and not exchange:
+                    fetched.add(cost.starts)
                     memory = finishes[cost.starts] = max(clock, memory) + work
                 elif cost.starts:
                     link = finishes[cost.starts] = max(clock, link) + exchange

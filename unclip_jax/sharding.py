@@ -151,6 +151,7 @@ class _Placement(NamedTuple):
 
 
 _PLACEMENT: contextvars.ContextVar[_Placement | None] = contextvars.ContextVar("placement", default=None)
+_PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
 
 
 @contextlib.contextmanager
@@ -162,9 +163,15 @@ def _placed(placement: _Placement | None) -> Iterator[None]:
         _PLACEMENT.reset(token)
 
 
-def on(mesh: Mesh, rules: Rules) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def on(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Says that what is traced inside runs on `mesh`, its arrays split by the table `rules`."""
-    return _placed(_Placement(mesh, rules))
+    token = _PLATFORM.set(mesh.devices.flat[0].platform)
+    try:
+        with _placed(_Placement(mesh, rules)):
+            yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def traced_on(mesh: Mesh, rules: Rules, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,9 +185,27 @@ def traced_on(mesh: Mesh, rules: Rules, fn: Callable[..., Any]) -> Callable[...,
     return wrapped
 
 
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Says that what is traced inside is split further by the compiler, which can split no kernel."""
+    token = _PLATFORM.set("any")
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
 def by_hand() -> contextlib.AbstractContextManager[None]:
     """Says that what is traced inside is one device's part already, as in a `shard_map`."""
     return _placed(None)
+
+
+def platform() -> str:
+    """Returns what code is being traced for, "cpu", "gpu" or "tpu": where its mesh is, which may not be here.
+
+    It is "any" inside of `without_kernels`.
+    """
+    return _PLATFORM.get() or jax.default_backend()
 
 
 def mesh() -> Mesh | None:
@@ -228,11 +253,72 @@ def _scattered(used, stored, _, gradient):
 _gathered.defvjp(lambda weight, used, stored: (_gathered(weight, used, stored), None), _scattered)
 
 
-def is_split(name: str) -> bool:
-    """Whether the mesh that code is traced on splits this logical axis other than by batches' axes."""
+def product(
+    fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight: jax.Array, names: Sequence[str | None]
+) -> jax.Array:
+    """Returns fn(x, weight), the weight gathered as by `whole`, its gradient scattered by hand.
+
+    Each device multiplies out its own examples' part of the gradient, and the parts are summed and scattered over
+    `fsdp` and then summed over the other axes that split the batch. Left to itself the compiler sums in full over all
+    of these, twice the bytes, as soon as there is more than one.
+
+    Args:
+      fn: linear in the weight; sums nothing over examples, which are x's first axis.
+      x, weight: in the type that is computed with.
+      names: the weight's logical axes.
+    """
+    placement = _PLACEMENT.get()
+    if placement is None:
+        return fn(x, weight)
+    stored = partition_spec(names, weight.shape, placement.rules, placement.mesh, logged=False)
+    if "fsdp" not in stored or x.shape[0] % _parts(placement.mesh):
+        return fn(x, whole(weight, names))
+    return _multiplied(fn, placement.mesh, stored, x, weight)
+
+
+def _plainly(fn, mesh, stored, x, weight):
+    used = PartitionSpec(*(None if axis in BATCH_AXES else axis for axis in stored))
+    return fn(x, jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, used)))
+
+
+_multiplied = jax.custom_vjp(_plainly, nondiff_argnums=(0, 1, 2))
+
+
+def _multiplied_backward(fn, mesh, stored, kept, dy):
+    x, weight = kept
+    (dx,) = jax.linear_transpose(lambda x: _plainly(fn, mesh, stored, x, weight), x)(dy)
+    axis = list(stored).index("fsdp")
+    others = tuple(name for name in BATCH_AXES if name != "fsdp" and mesh.shape[name] > 1)
+
+    def own(x, dy):
+        (part,) = jax.linear_transpose(lambda weight: fn(x, weight), weight)(dy)
+        part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(part, others) if others else part
+
+    examples = PartitionSpec(BATCH_AXES)
+    gradient = jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(examples, examples),
+        out_specs=PartitionSpec(*("fsdp" if name == "fsdp" else None for name in stored)),
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )(x, dy)
+    return dx, gradient
+
+
+_multiplied.defvjp(
+    lambda fn, mesh, stored, x, weight: (_multiplied(fn, mesh, stored, x, weight), (x, weight)), _multiplied_backward
+)
+
+
+def split(name: str, size: int) -> int:
+    """Returns into how many parts the mesh splits an axis of this name and size, other than by batches' axes."""
     placement = _PLACEMENT.get()
     axis = dict(placement.rules).get(name) if placement else None
-    return placement is not None and axis is not None and axis not in BATCH_AXES and placement.mesh.shape[axis] > 1
+    if placement is None or axis is None or axis in BATCH_AXES or size % placement.mesh.shape[axis]:
+        return 1
+    return placement.mesh.shape[axis]
 
 
 def laid(x: jax.Array, names: Sequence[str | None] = ("batch",)) -> jax.Array:

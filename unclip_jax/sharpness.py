@@ -6,6 +6,7 @@ goes uphill to w + rho g_r / |g_r|, and the step uses the mean over replicas of 
 `jit` a gradient is that of the whole batch, so the replicas are made explicit here.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,9 +17,9 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from unclip_jax import replicas
+from unclip_jax import replicas, sharding
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.sharding import BATCH_AXES
+from unclip_jax.sharding import AXES, BATCH_AXES
 
 # fn(params, frozen, batch, rng) -> (loss, metrics), as Stage.loss.
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]]
@@ -75,13 +76,20 @@ def value_and_grad(loss_fn: LossFn, config: ConfigDict | Mapping[str, Any], mesh
         found = mapped(params, frozen, split, keys)
         return jax.lax.pmean(jax.tree.map(lambda x: x.mean(0), found), BATCH_AXES)
 
+    # A kernel can run only where all axes of the mesh are taken apart by hand; `model` is not where it splits layers.
+    alone = mesh.shape["model"] == 1
+
+    def of_one(*arguments):
+        with contextlib.nullcontext() if alone else sharding.without_kernels():
+            return of_device(*arguments)
+
     everywhere = PartitionSpec()
     return jax.shard_map(
-        of_device,
+        of_one,
         mesh=mesh,
         in_specs=(everywhere, everywhere, PartitionSpec(BATCH_AXES), everywhere),
         out_specs=everywhere,
-        axis_names=set(BATCH_AXES),
+        axis_names=set(AXES if alone else BATCH_AXES),
         # Gradients are taken inside, of each replica's own loss: JAX must not sum them over replicas by itself.
         check_vma=False,
     )

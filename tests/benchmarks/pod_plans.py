@@ -31,14 +31,19 @@ STAGES = {
     "upsampler_2": "upsampler.py:paper_2",
 }
 TOPOLOGIES = ("v5p-512", "v6e-256", "v5e-256", "v4-512")
-# Options besides, of a stage on a topology, where the config's own are not the best there.
-OPTIONS: dict[tuple[str, str], tuple[str, ...]] = {}
+# Options besides. CLIP's embeddings come from `python -m unclip_jax.embed`, which a run of the paper's size makes once.
+# Of transformers a full compilation takes two minutes; of U-Nets it takes too long.
+OPTIONS = {
+    "clip": ("--effort=full",),
+    "prior_ar": ("--config.data.embeddings=auto", "--effort=full"),
+    "prior_diffusion": ("--config.data.embeddings=auto", "--effort=full"),
+    "decoder": ("--config.data.embeddings=auto",),
+}
 
 
-def command(stage: str, topology: str, effort: str) -> list[str]:
+def command(stage: str, topology: str) -> list[str]:
     """Returns the arguments of the plan, as somebody would type them after `python`."""
-    more = OPTIONS.get((stage, topology), ())
-    more = more if effort == "quick" else (f"--effort={effort}", *more)
+    more = OPTIONS.get(stage, ())
     return ["-m", "unclip_jax.plan", f"--config=configs/{STAGES[stage]}", f"--topology={topology}", *more]
 
 
@@ -150,7 +155,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=STAGES, default=list(STAGES), help="stages")
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES), help="slices")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "plans", help="where plans are kept")
-    parser.add_argument("--effort", default="quick", help="of the compiler: quick or full")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds until a plan is stopped")
     parser.add_argument("--again", action="store_true", help="make plans that are there anew")
     parser.add_argument("--table", action="store_true", help="only write the table")
@@ -159,7 +163,7 @@ def main() -> None:
     for stage in () if given.table else given.only:
         for topology in given.topologies:
             file = given.folder / f"{stage}_{topology}.json"
-            arguments = command(stage, topology, given.effort)
+            arguments = command(stage, topology)
             kept = load(file)
             if kept and kept["command"] == " ".join(["python", *arguments]) and not kept["error"] and not given.again:
                 continue

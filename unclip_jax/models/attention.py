@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from unclip_jax import sharding
+from unclip_jax.models import attention_kernel
 
 # Queries whose logits a CPU computes at a time, so that they stay in its cache.
 _CHUNK = 64
-# Pairs of queries and keys from which a TPU's kernel is used; fewer logits may lie in memory.
+# Pairs of queries and keys from which a TPU's kernels are used; fewer logits may lie in memory.
 _MANY = 1 << 15
+_FEW = 1 << 12
 # Queries that the kernel takes at a time, and keys, of which it takes multiples: the lanes of a TPU's registers.
 _BLOCK, _LANES = 512, 128
 # Added to the logit of what may not be looked at. Finite, so that a query that may look at nothing gives no NaN.
@@ -33,29 +35,67 @@ def attend(
     past itself. Where all queries may look at the same keys, a CPU takes them in chunks and computes their weights
     again in the backward pass, which takes it a third of the time; a TPU does so in a kernel, causal or not, from some
     ten thousand pairs of query and key on. Neither pass then holds all [n, s] of them. A GPU calls cuDNN, in the types
-    that it knows.
+    that it knows. Which it is, the mesh says that this is traced on (`sharding.platform`).
     """
-    count, keys = q.shape[1], k.shape[1]
+    count, keys, platform = q.shape[1], k.shape[1], sharding.platform()
     everywhere = mask is None or mask.shape[1] == mask.shape[2] == 1
-    both = mask
+    if platform == "cpu" and everywhere and not causal and count > _CHUNK and count % _CHUNK == 0:
+        return _attend_in_chunks(q, k, v, mask)
+    if platform == "tpu" and everywhere and count >= _LANES and count * keys >= _MANY:
+        return _attend_by_kernel(q, k, v, mask, causal=causal)
     if causal:
         past = jnp.tril(jnp.ones((count, keys), bool), keys - count)[None, None]
-        both = past if mask is None else past & mask
-    at_once = functools.partial(jax.nn.dot_product_attention, q, k, v, mask=both)
-    if _cudnn_takes(q):
-        return at_once(implementation="cudnn")
-    ways = {}
-    if everywhere and not causal and count > _CHUNK and count % _CHUNK == 0:
-        ways["cpu"] = functools.partial(_attend_in_chunks, q, k, v, mask)
-    if everywhere and count >= _LANES and count * keys >= _MANY:
-        ways["tpu"] = functools.partial(_attend_by_kernel, q, k, v, mask, causal=causal)
-    return jax.lax.platform_dependent(**ways, default=at_once) if ways else at_once()
+        mask = past if mask is None else past & mask
+    cudnn = platform == "gpu" and _cudnn_takes(q)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if cudnn else None)
+
+
+def attend_packed(
+    qkv: Float[Array, "b n 3 h k"],
+    context: Float[Array, "b m 2 h k"] | None = None,
+    mask: Bool[Array, "#b #h #n #s"] | None = None,
+    *,
+    causal: bool = False,
+) -> Float[Array, "b n h k"]:
+    """Returns `attend` of queries, keys and values as one product made them; keys of a context stand in front.
+
+    A TPU reads them where they lie, if its registers are filled by their heads (`attention_kernel`).
+    """
+    count, _, heads, head_dim = qkv.shape[1:]
+    length = 0 if context is None else context.shape[1]
+    everywhere = mask is None or mask.shape[1] == mask.shape[2] == 1
+    if (
+        sharding.platform() == "tpu"
+        and everywhere
+        and count * (count + length) >= _FEW
+        and attention_kernel.takes(
+            count=count, context=length, heads=heads // sharding.split("heads", heads), head_dim=head_dim
+        )
+    ):
+        return _attend_packed_by_kernel(qkv, context, mask, causal=causal)
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    if context is not None:
+        k = jnp.concatenate([context[:, :, 0], k], 1)
+        v = jnp.concatenate([context[:, :, 1], v], 1)
+    return attend(q, k, v, mask, causal=causal)
+
+
+def _attend_packed_by_kernel(
+    qkv: jax.Array, context: jax.Array | None, mask: jax.Array | None, *, causal: bool = False, interpret: bool = False
+) -> jax.Array:
+    """The kernel of `attention_kernel`, on each device's own examples and heads."""
+    seen = None if mask is None else mask[:, 0, 0, :, None, None, None]
+
+    def own(qkv, context, seen):
+        seen = None if seen is None else seen[:, :, 0, 0, 0]
+        return attention_kernel.attend(qkv, context, seen, causal, interpret)[:, :, None]
+
+    return sharding.each_part(own, qkv, context, seen, names=("batch", None, None, "heads", None))[:, :, 0]
 
 
 def _cudnn_takes(q: jax.Array) -> bool:
-    # Whether there is cuDNN is looked up as the call is traced, so other devices' programs must not trace it.
     width = q.shape[-1]
-    return q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0 and jax.default_backend() == "gpu"
+    return q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0
 
 
 def _attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -23,11 +23,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from unclip_jax import sharding
 from unclip_jax.errors import InputError, nearest
+
+# Names of results, for REMAT.
+PRODUCT, ATTENTION = "product", "attention"
 
 _AXES = {  # role of a dense layer -> axes of its [in, out] kernel
     "up": ("embed", "mlp"),
@@ -47,33 +51,40 @@ def _kernel_init(scale):
     return nn.initializers.variance_scaling(scale, "fan_in", "uniform")
 
 
+def _merged_init(scale: float, contracted: int) -> Callable[..., jax.Array]:
+    """An initializer of kernels of heads: that of a matrix from the first `contracted` axes to the others."""
+
+    def init(key, shape, dtype=jnp.float32):
+        matrix = (math.prod(shape[:contracted]), math.prod(shape[contracted:]))
+        return _kernel_init(scale)(key, matrix, dtype).reshape(shape)
+
+    return init
+
+
+def _product(
+    fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array, axes: Sequence[str | None]
+) -> jax.Array:
+    """Returns fn(x, kernel) of a kernel that is gathered first, under the name by which REMAT knows it."""
+    return checkpoint_name(sharding.product(fn, x, kernel, axes), PRODUCT)
+
+
 def _using(product: Callable[..., jax.Array], axes: Sequence[str | None]) -> Callable[..., jax.Array]:
-    """Returns `product(x, kernel, ...)` of a kernel that is gathered first."""
+    """Returns `product(x, kernel, ...)` as Flax's layers call it, of a kernel that is gathered first."""
 
     def gathering(x, kernel, *arguments, **options):
-        return product(x, sharding.whole(kernel, axes), *arguments, **options)
+        return _product(lambda x, kernel: product(x, kernel, *arguments, **options), x, kernel, axes)
 
     return gathering
 
 
-def _heads_product(axes: Sequence[str | None], contracted: int) -> Callable[..., jax.Array]:
-    """Returns a product of x's last axes with a kernel's first `contracted`, as of two matrices.
+def _heads_product(x: jax.Array, kernel: jax.Array, axes: Sequence[str | None], contracted: int) -> jax.Array:
+    """Returns the product of x's last axis with a kernel of heads, as a matrix from its first `contracted` axes.
 
     Left with heads as axes of their own, a TPU's compiler computes them one by one, and a head is a quarter as wide as
-    the matrix unit. Where the mesh splits heads over `model` they stay apart, for they cannot be merged in pieces.
+    the matrix unit.
     """
-
-    def product(x, kernel, dimension_numbers, **options):
-        if sharding.is_split("heads"):
-            return jax.lax.dot_general(x, sharding.whole(kernel, axes), dimension_numbers, **options)
-        matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)
-        matrix = sharding.whole(matrix, [name if name == "embed" else None for name in (axes[0], axes[-1])])
-        before = x.shape[: x.ndim - contracted]
-        rows = x.reshape(*before, -1)
-        y = jax.lax.dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), **options)
-        return y.reshape(*before, *kernel.shape[contracted:])
-
-    return product
+    matrix = kernel.reshape(math.prod(kernel.shape[:contracted]), -1)
+    return _product(jnp.dot, x, matrix, [name if name == "embed" else None for name in (axes[0], axes[-1])])
 
 
 def dense(
@@ -108,36 +119,45 @@ def dense(
     )
 
 
-def split_heads(
-    count: int, heads: int, head_dim: int, *, dtype: DTypeLike = jnp.float32, name: str | None = None
-) -> nn.DenseGeneral:
+class SplitHeads(nn.Module):
     """A linear layer on the last axis whose output is [..., count, heads, head_dim]: queries, keys, values."""
-    axes = ("embed", None, "heads", "kv")
-    return nn.DenseGeneral(
-        (count, heads, head_dim),
-        dtype=dtype,
-        # DenseGeneral hands its initializer the kernel as [in, out], so fan-in is what it should be.
-        kernel_init=_boxed(_kernel_init(1.0), axes),
-        bias_init=_boxed(nn.initializers.zeros, (None, "heads", "kv")),
-        dot_general=_heads_product(axes, 1),
-        name=name,
-    )
+
+    count: int
+    heads: int
+    head_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b c h k"]:
+        """Returns the product; heads are split from it last, after the bias, so that it stays one matrix until then."""
+        shape = (self.count, self.heads, self.head_dim)
+        axes = ("embed", None, "heads", "kv")
+        kernel = self.param("kernel", _boxed(_merged_init(1.0, 1), axes), (x.shape[-1], *shape))
+        bias = self.param("bias", _boxed(nn.initializers.zeros, (None, "heads", "kv")), shape)
+        x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if sharding.split("heads", self.heads) > 1:  # what lies in pieces cannot be merged
+            return _product(lambda x, kernel: jnp.tensordot(x, kernel, 1), x, kernel, axes) + bias
+        y = _heads_product(x, kernel, axes, 1) + bias.reshape(-1)
+        return y.reshape(*x.shape[:-1], *shape)
 
 
-def join_heads(
-    width: int, *, scale: float = 1.0, dtype: DTypeLike = jnp.float32, name: str | None = None
-) -> nn.DenseGeneral:
+class JoinHeads(nn.Module):
     """A linear layer from the last two axes, heads and their dimensions, to one of `width`; `scale` as in `dense`."""
-    axes = ("heads", "kv", "embed")
-    return nn.DenseGeneral(
-        width,
-        axis=(-2, -1),
-        dtype=dtype,
-        kernel_init=_boxed(_kernel_init(scale), axes),
-        bias_init=_boxed(nn.initializers.zeros, (None,)),
-        dot_general=_heads_product(axes, 2),
-        name=name,
-    )
+
+    width: int
+    scale: float = 1.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b h k"]) -> Float[Array, "*b d"]:
+        """Returns the product."""
+        axes = ("heads", "kv", "embed")
+        kernel = self.param("kernel", _boxed(_merged_init(self.scale, 2), axes), (*x.shape[-2:], self.width))
+        bias = self.param("bias", _boxed(nn.initializers.zeros, (None,)), (self.width,))
+        x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if sharding.split("heads", x.shape[-2]) > 1:
+            return _product(lambda x, kernel: jnp.tensordot(x, kernel, 2), x, kernel, axes) + bias
+        return _heads_product(x.reshape(*x.shape[:-2], -1), kernel, axes, 2) + bias
 
 
 def conv(
@@ -264,16 +284,12 @@ ACTIVATIONS = {
 }
 
 
-def _is_product(primitive, *_, **__) -> bool:
-    return primitive.name == "conv_general_dilated"
-
-
 _POLICIES = jax.checkpoint_policies
 # What the backward pass finds of a block, and what it computes again.
 REMAT: dict[str, Any] = {
     "none": None,  # keeps all
-    # Keeps results of matrix products and convolutions; norms, activations and attention are computed again.
-    "products": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _is_product),
+    # Keeps results of matrix products, convolutions and attention; norms and activations are computed again.
+    "products": _POLICIES.save_only_these_names(PRODUCT, ATTENTION),
     "full": _POLICIES.nothing_saveable,  # keeps the block's input
 }
 

@@ -6,12 +6,22 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax import sharding
-from unclip_jax.models.attention import attend
-from unclip_jax.models.layers import ACTIVATIONS, dense, join_heads, layer_norm, learned, rematerialised, split_heads
+from unclip_jax.models.attention import attend, attend_packed
+from unclip_jax.models.layers import (
+    ACTIVATIONS,
+    ATTENTION,
+    JoinHeads,
+    SplitHeads,
+    dense,
+    layer_norm,
+    learned,
+    rematerialised,
+)
 
 
 class Cache(NamedTuple):
@@ -62,29 +72,35 @@ class Attention(nn.Module):
         width = x.shape[-1]
         head_dim = width // self.heads
 
-        def project(inputs, count, name):
-            layer = split_heads(count, self.heads, head_dim, dtype=self.dtype, name=name)
-            return layer, jnp.moveaxis(layer(inputs), -3, 0)
+        def project(count, name):
+            return SplitHeads(count, self.heads, head_dim, self.dtype, name=name)
 
-        qkv, (q, k, v) = project(x, 3, "qkv")
-        causal = self.causal and cache is None
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.filled, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.filled, 1)
-            past = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
-            mask = past[None, None] if mask is None else past & mask
-            cache = Cache(k, v, cache.filled + x.shape[1])
-        if context is not None:
-            if self.context_kv == "own":
-                _, (context_k, context_v) = project(context, 2, "context_kv")
-            else:
-                _, context_k, context_v = jnp.moveaxis(qkv(context.astype(self.dtype)), -3, 0)
-            k = jnp.concatenate([context_k, k], 1)
-            v = jnp.concatenate([context_v, v], 1)
-            if mask is not None and mask.shape[-1] != k.shape[1]:
-                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (context.shape[1], 0)), constant_values=True)
-        y = attend(q, k, v, mask, causal=causal)
-        return join_heads(width, scale=self.out_scale, dtype=self.dtype, name="out")(y), cache
+        out = JoinHeads(width, self.out_scale, self.dtype, name="out")
+        own = project(3, "qkv")
+        qkv = own(x)
+        context_kv = None
+        if context is not None and self.context_kv == "own":
+            context_kv = project(2, "context_kv")(context)
+        elif context is not None:
+            context_kv = own(context.astype(self.dtype))[..., 1:, :, :]
+        length = 0 if context is None else context.shape[1]
+        if cache is None:
+            if mask is not None and mask.shape[-1] != length + x.shape[1]:
+                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (length, 0)), constant_values=True)
+            y = checkpoint_name(attend_packed(qkv, context_kv, mask, causal=self.causal), ATTENTION)
+            return out(y), None
+        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.filled, 1)
+        v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.filled, 1)
+        past = jnp.arange(k.shape[1])[None] <= cache.filled + jnp.arange(x.shape[1])[:, None]
+        mask = past[None, None] if mask is None else past & mask
+        cache = Cache(k, v, cache.filled + x.shape[1])
+        if context_kv is not None:
+            k = jnp.concatenate([context_kv[..., 0, :, :], k], 1)
+            v = jnp.concatenate([context_kv[..., 1, :, :], v], 1)
+            if mask.shape[-1] != k.shape[1]:
+                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (length, 0)), constant_values=True)
+        return out(attend(q, k, v, mask)), cache
 
 
 class MLP(nn.Module):
