@@ -10,10 +10,15 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-# Convolutions and the two stem pools that lose the border; those with a stride of 2 are among them.
-UNPADDED = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_4a_3x3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_3")
-UNPADDED += ("Mixed_7a.branch3x3_2", "Mixed_7a.branch7x7x3_4")
-STRIDED = tuple(name for name in UNPADDED if name not in ("Conv2d_2a_3x3", "Conv2d_4a_3x3"))
+# Convolutions that take every second pixel, and those that lose the border.
+STRIDED = (
+    "Conv2d_1a_3x3",
+    "Mixed_6a.branch3x3",
+    "Mixed_6a.branch3x3dbl_3",
+    "Mixed_7a.branch3x3_2",
+    "Mixed_7a.branch7x7x3_4",
+)
+UNPADDED = (*STRIDED, "Conv2d_2a_3x3", "Conv2d_4a_3x3")
 # The convolutions of a block that stand in a row, in order; a star says that its last two stand beside each other.
 CHAINS = {
     "5": ("branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "pool"),
