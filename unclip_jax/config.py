@@ -58,7 +58,7 @@ _CLIP = {
 }  # fmt: skip
 _TEXT_ENCODER = {
     "context_length": SIZE, "vocab_size": Rule(int, 3), "width": SIZE, "depth": SIZE, "heads": SIZE,
-    "activation": TEXT, "remat": TEXT,
+    "activation": TEXT, "remat": TEXT, "bare": SWITCH,
 }  # fmt: skip
 _UNET = {
     "in_channels": SIZE, "out_channels": SIZE, "channels": SIZE, "channel_mult": SIZES, "depth": SIZE,

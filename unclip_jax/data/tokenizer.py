@@ -1,15 +1,19 @@
 """Captions to token ids: CLIP's byte-pair tokenizer (transformers), checked by known answers before it is used.
 
+A folder with GPT-2's vocabulary makes GLIDE's tokenizer instead: captions in lower case, without start and end token.
+
 transformers 5 answers an old or misspelt call, or a missing folder, with a tokenizer that maps everything to one id
 and raises nothing. So the files are read here, the symbols are handed over as values, no hub is ever asked, and the
 result must give answers that are known beforehand.
 """
 
+import gzip
 import hashlib
 import importlib.resources
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +32,10 @@ _START, _END = vocabulary_training.SPECIALS
 # Vocabulary size -> (caption, ids). OpenAI's are those of its published `clip.tokenize`; ours those of the committed
 # files, checked against an independent implementation of byte-pair encoding in tests/data_tokenizer_test.py.
 _OPENAI_SIZE = 49408
+# GLIDE's are those that GPT-2's published encoder gives, whose files it comes with.
+_GLIDE_SIZE = 50257
 _KNOWN_ANSWERS = {
+    _GLIDE_SIZE: (("hello world", (31373, 995)), ("An oil painting", (272, 3056, 12036))),
     _OPENAI_SIZE: (("a photo of a cat", (320, 1125, 539, 320, 2368)), ("a photo of a dog", (320, 1125, 539, 320, 1929)))
 }
 _TINY_ANSWERS = (
@@ -37,16 +44,23 @@ _TINY_ANSWERS = (
 )
 _TINY_DIGEST = "ea98de301e9f531b49f647db238aff50d936fa58c18e4d9ebed185266a6994a6"
 
+# What the two files of a vocabulary may be called: symbols, merges.
+_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("encoder.json.gz", "vocab.bpe.gz"))
+# All that may make up a vocabulary's folder.
+FILES = (*(name for pair in _FILES for name in pair), "tokenizer.json")
+_LONGEST = 1 << 26  # bytes of either; OpenAI's has 1 MB
+
 Merges = list[tuple[str, str]]
 
 
 class Tokenizer:
-    """CLIP's tokenizer over one vocabulary.
+    """CLIP's tokenizer over one vocabulary, or GLIDE's.
 
     Attributes:
       vocab_size: number of ids.
-      sot: id that starts every caption, `vocab_size - 2`.
-      eot: id that ends every caption, `vocab_size - 1`.
+      sot: id that starts every caption, `vocab_size - 2`; not GLIDE's.
+      eot: id that ends every caption, `vocab_size - 1`; GLIDE's are filled up with it.
+      bare: whether captions have neither, as GLIDE's.
       digest: hexadecimal SHA-256 of symbols and merges; equal vocabularies have equal digests, whatever their files.
     """
 
@@ -55,20 +69,22 @@ class Tokenizer:
 
         Args:
           vocabulary: "tiny" for the small one that comes with this package, or a folder that holds `vocab.json` and
-            `merges.txt` (or `tokenizer.json`) of OpenAI's CLIP or of another vocabulary in its format.
+            `merges.txt` (or `tokenizer.json`) of OpenAI's CLIP or of another vocabulary in its format, or of GPT-2's; the
+            latter may also be called `encoder.json` and `vocab.bpe`, as in GLIDE's code, gzipped or not.
 
         Raises:
           InputError: if the folder or a file is missing or damaged, or if a known caption gets the wrong ids.
         """
         symbols, merges = _read(_folder(vocabulary))
-        _check_symbols(symbols, merges, vocabulary)
+        self.bare = _START not in symbols and not any(symbol.endswith("</w>") for symbol in symbols)
+        _check_symbols(symbols, merges, vocabulary, bare=self.bare)
         self.vocab_size = len(symbols)
         self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
         self.digest = _digest(symbols, merges)
         if vocabulary == "tiny" and self.digest != _TINY_DIGEST:
             raise InputError("the vocabulary 'tiny' of this installation is damaged: install unclip_jax again")
         self._vocabulary = vocabulary
-        self._clip = _clip_tokenizer(symbols, merges)
+        self._backend = _glide_tokenizer(symbols, merges) if self.bare else _clip_tokenizer(symbols, merges)
         answers = _TINY_ANSWERS if vocabulary == "tiny" else _KNOWN_ANSWERS.get(self.vocab_size, ())
         for caption, expected in answers:
             found = self._words([caption])[0]
@@ -80,15 +96,19 @@ class Tokenizer:
 
         Captions are cleaned first (`captions.clean`). Words that do not fit are cut and EOT stays last, as in
         OpenAI's `clip.tokenize(truncate=True)`. `<|endoftext|>` inside a caption is text like any other. Id 0 after
-        EOT is padding, although 0 is also a symbol ("!"): nothing after the first EOT is ever read.
+        EOT is padding, although 0 is also a symbol ("!"): nothing after the first EOT is ever read. GLIDE's are
+        `words EOT EOT ...`, where EOT is padding, and no more than the words where they fill the context.
 
         Raises:
           InputError: if `context_length` has no room for SOT, one word and EOT.
         """
         if context_length < 3:
             raise InputError(f"a context of {context_length} tokens holds no word: it must be 3 or more")
-        ids = np.zeros((len(captions), context_length), np.int32)
+        ids = np.full((len(captions), context_length), self.eot if self.bare else 0, np.int32)
         for row, words in zip(ids, self._words(captions), strict=True):
+            if self.bare:
+                row[: len(words)] = words[:context_length]
+                continue
             kept = words[: context_length - 2]
             row[0] = self.sot
             row[1 : 1 + len(kept)] = kept
@@ -101,9 +121,9 @@ class Tokenizer:
         for number in ids:
             if number == self.eot:
                 break
-            if number != self.sot:
+            if self.bare or number != self.sot:
                 words.append(int(number))
-        return self._clip.decode(words, skip_special_tokens=False)
+        return self._backend.decode(words, skip_special_tokens=False)
 
     def _words(self, captions: Sequence[str]) -> list[list[int]]:
         """Returns each cleaned caption's ids, without SOT and EOT."""
@@ -112,7 +132,7 @@ class Tokenizer:
         cleaned = [captions_lib.clean(caption) for caption in captions]
         # The Rust tokenizer itself, not the Python call around it, which sets truncation and padding anew at every call
         # and so fails ("already borrowed") when loader threads share it.
-        return [encoded.ids for encoded in self._clip.encode_batch_fast(cleaned, add_special_tokens=False)]
+        return [encoded.ids for encoded in self._backend.encode_batch_fast(cleaned, add_special_tokens=False)]
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes `vocab.json` and `merges.txt`, which make the same tokenizer again."""
@@ -144,17 +164,30 @@ def _folder(vocabulary: str) -> pathlib.Path:
     return pathlib.Path(vocabulary).expanduser()
 
 
+def _glide_tokenizer(symbols: dict[str, int], merges: Any) -> "tokenizers.Tokenizer":
+    """GPT-2's byte pairs of lower-case text: words with the space before them, no symbol for the end of a word."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(models.BPE(vocab=symbols, merges=merges))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 def _read(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
-    """Reads symbols and merges from `vocab.json` and `merges.txt`, or else from `tokenizer.json`."""
+    """Reads symbols and merges from `vocab.json` and `merges.txt` (or GLIDE's names), or from `tokenizer.json`."""
     if not folder.is_dir():
         raise InputError(
             f"vocabulary {str(folder)!r} is not a folder: it must be 'tiny' or a folder with vocab.json and merges.txt"
         )
     try:
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            symbols = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        names = next((pair for pair in _FILES if all((folder / name).is_file() for name in pair)), None)
+        if names:
+            symbols = json.loads(_text(folder / names[0]))
             # Not splitlines: symbols may hold characters that it takes for line ends.
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            lines = _text(folder / names[1]).split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         elif (folder / "tokenizer.json").is_file():
             model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -165,11 +198,20 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
         return {str(symbol): int(number) for symbol, number in symbols.items()}, [(a, b) for a, b in merges]
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"the vocabulary in {str(folder)!r} cannot be read: {error}") from error
 
 
-def _check_symbols(symbols: dict[str, int], merges: Merges, vocabulary: str) -> None:
+def _text(path: pathlib.Path) -> str:
+    """Reads a file, gzipped where its name says so; a longer one than any vocabulary is no vocabulary."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        content = file.read(_LONGEST + 1)
+    if len(content) > _LONGEST:
+        raise ValueError(f"{path.name} has more than {_LONGEST} bytes")
+    return content.decode("utf-8")
+
+
+def _check_symbols(symbols: dict[str, int], merges: Merges, vocabulary: str, *, bare: bool) -> None:
     """Checks that the files are whole and in CLIP's format."""
 
     def require(condition: bool, wrong: str) -> None:
@@ -178,15 +220,16 @@ def _check_symbols(symbols: dict[str, int], merges: Merges, vocabulary: str) -> 
 
     size = len(symbols)
     require(sorted(symbols.values()) == list(range(size)), f"the ids of its {size} symbols are not 0 to {size - 1}")
-    for symbol, number in ((_START, size - 2), (_END, size - 1)):
+    for symbol, number in (((_END, size - 1),) if bare else ((_START, size - 2), (_END, size - 1))):
         require(symbols.get(symbol) == number, f"{symbol} should be id {number}, not {symbols.get(symbol)}")
     # Without all bytes, some text would map to the unknown symbol, which in CLIP is EOT.
     letters = vocabulary_training.byte_symbols()
-    missing = [symbol for symbol in [*letters, *(letter + "</w>" for letter in letters)] if symbol not in symbols]
-    require(not missing, f"it lacks {len(missing)} of the 512 byte symbols")
+    letters = [*letters] if bare else [*letters, *(letter + "</w>" for letter in letters)]
+    missing = [symbol for symbol in letters if symbol not in symbols]
+    require(not missing, f"it lacks {len(missing)} of the {len(letters)} byte symbols")
     lost = [a + b for a, b in merges if a + b not in symbols]
     require(not lost, f"the result of {len(lost)} merges is no symbol, such as {lost[:1]}")
-    expected = size - 512 - 2
+    expected = size - len(letters) - (1 if bare else 2)
     require(len(merges) == expected, f"it has {len(merges)} merges where its size asks for {expected}")
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax import checkpoint
 from unclip_jax import config as configs
-from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.tokenizer import FILES, Tokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.stages import base
 
@@ -110,6 +110,6 @@ def write(
 def _copy_vocabulary(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies what `Tokenizer` reads of a folder."""
     target.mkdir()
-    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+    for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

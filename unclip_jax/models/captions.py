@@ -18,12 +18,17 @@ class EncodedCaption(NamedTuple):
     seen: Bool[Array, "b n"]
 
 
-def valid_tokens(tokens: Int[Array, "b n"], *, eot: int) -> Bool[Array, "b n"]:
-    """True for the positions of a caption up to and including its first end token."""
-    ended = jnp.cumsum(tokens == eot, axis=-1) - (tokens == eot)
-    return ended == 0
+def valid_tokens(tokens: Int[Array, "b n"], *, eot: int, bare: bool = False) -> Bool[Array, "b n"]:
+    """True for the positions of a caption up to and including its first end token; before it, if captions are `bare`."""
+    ended = jnp.cumsum(tokens == eot, axis=-1)
+    return ended - (0 if bare else tokens == eot) == 0
 
 
-def empty_caption(length: int, vocab_size: int) -> Int[Array, "{length}"]:
-    """The tokens of an empty caption: the start and the end token (the table's last two), then zeros."""
+def empty_caption(length: int, vocab_size: int, *, bare: bool = False) -> Int[Array, "{length}"]:
+    """The tokens of an empty caption: the start and the end token (the table's last two), then zeros.
+
+    A `bare` one, without either, is end tokens all through, which then are padding.
+    """
+    if bare:
+        return jnp.full((length,), vocab_size - 1, jnp.int32)
     return jnp.zeros((length,), jnp.int32).at[:2].set(jnp.array([vocab_size - 2, vocab_size - 1], jnp.int32))

@@ -20,6 +20,8 @@ class TextEncoder(nn.Module):
       vocab_size: rows of the token table; the last two are the start and the end token.
       width, depth, heads: of the transformer.
       activation: a key of `layers.ACTIVATIONS`.
+      bare: whether captions come without start and end token, as GLIDE's published weights read them: words, and then
+        the table's last row as padding.
       remat: what the backward pass computes again of each block, a key of `layers.REMAT`.
       dtype: compute dtype.
     """
@@ -30,6 +32,7 @@ class TextEncoder(nn.Module):
     depth: int
     heads: int
     activation: str = "gelu"
+    bare: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
@@ -42,15 +45,16 @@ class TextEncoder(nn.Module):
     def __call__(
         self, tokens: Int[Array, "b n"], drop: Bool[Array, "b"] | None = None
     ) -> Float[Array, "b n {self.width}"]:
-        """Encodes [start] words [end] 0 0 0 ...; where `drop`, the empty caption is read instead."""
+        """Encodes [start] words [end] 0 0 0 ..., or bare words; where `drop`, the empty caption is read instead."""
         if tokens.shape[1] != self.context_length:
             raise InputError(f"the text encoder reads {self.context_length} tokens, not {tokens.shape[1]}")
         if drop is not None:
-            tokens = jnp.where(drop[:, None], captions.empty_caption(self.context_length, self.vocab_size), tokens)
+            empty = captions.empty_caption(self.context_length, self.vocab_size, bare=self.bare)
+            tokens = jnp.where(drop[:, None], empty, tokens)
         position = layers.learned(self, "position", (self.context_length, self.width))
         padding = layers.learned(self, "padding", (self.context_length, self.width))
         embedded = layers.embedding(self.vocab_size, self.width, dtype=self.dtype, name="token")(tokens)
-        valid = captions.valid_tokens(tokens, eot=self.vocab_size - 1)
+        valid = captions.valid_tokens(tokens, eot=self.vocab_size - 1, bare=self.bare)
         x = jnp.where(valid[..., None], embedded + position.astype(self.dtype), padding.astype(self.dtype))
         stack = transformer.Transformer(
             self.depth, self.heads, self.activation, remat=self.remat, dtype=self.dtype, name="transformer"
