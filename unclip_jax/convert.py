@@ -10,6 +10,7 @@ The workdir is then that of a run at step 0, which `generate`, `train`, `evaluat
     karlo           a folder of diffusers' UnCLIPPipeline, of its variations, or    of all its networks
                     with the sub-folders of both
     karlo_original  a folder with the files that Kakao Brain published              of all its networks
+    glide           base.pt or upsample.pt, and --vocabulary                        of a decoder or an upsampler
 
 To go on training, name the config that is there and what is to differ, beside the data:
 
@@ -27,7 +28,7 @@ from absl import flags
 
 from unclip_jax import digests, programs
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.importing import clips, formats, karlo, workdirs
+from unclip_jax.importing import clips, formats, glide, karlo, workdirs
 from unclip_jax.parts import LAST
 
 _LOG = logging.getLogger("unclip_jax.convert")  # not __main__, which nobody listens to
@@ -38,6 +39,7 @@ ONE: Mapping[str, formats.Reader] = {
     "openai_clip": clips.openai,
     "hf_clip": clips.transformers,
     "open_clip": clips.open_clip,
+    "glide": glide.glide,
 }
 STACKS: Mapping[str, formats.Reader] = {"karlo": karlo.diffusers, "karlo_original": karlo.original}
 

@@ -11,7 +11,7 @@ the one before it makes; that is checked before anything is computed.
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +223,11 @@ class UnCLIP:
             )
         return tokenizer.encode(captions, context_length)
 
+    def _words(self, name: str, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """What a decoder or an upsampler reads of captions: the field `tokens`, or nothing."""
+        length = cast(Any, self.part(name).stage).context_length
+        return {"tokens": self.tokenize(captions, name, context_length=length)} if length else {}
+
     def embed_text(self, captions: Sequence[str]) -> Vectors:
         """Returns z_t, float32 [n, d]; of length 1, or as CLIP returns it where the other parts have it so."""
         stage: Any = self.part("clip").stage
@@ -296,15 +301,13 @@ class UnCLIP:
             is not guided, or reads no captions.
         """
         stage: Any = self.part("decoder").stage
-        fields: dict[str, np.ndarray] = {}
+        fields = self._words("decoder", captions)
         if z_i is not None and len(z_i) != len(captions):
             raise InputError(f"{len(z_i)} embeddings were given for {len(captions)} captions; give one for each")
         if z_i is not None and stage.embed_dim:
             if z_i.shape[1] != stage.embed_dim:
                 raise InputError(f"embeddings have {z_i.shape[1]} numbers, the decoder takes {stage.embed_dim}")
             fields["z_i"] = np.asarray(z_i, np.float32)
-        if stage.context_length:
-            fields["tokens"] = self.tokenize(captions, "decoder", context_length=stage.context_length)
         if negative is not None:
             fields |= self._negative_fields(negative, len(captions))
         if not fields and drawing.get("ids") is None:  # an unconditional decoder still has to know how many images
@@ -317,19 +320,19 @@ class UnCLIP:
         stage: Any = part.stage
         if not stage.reads_captions:
             raise InputError(f"a negative prompt is a caption, and the decoder in {part.workdir} reads none")
-        fields = {}
-        if stage.context_length:
-            tokens = self.tokenize([negative], "decoder", context_length=stage.context_length)
-            fields["negative_tokens"] = np.repeat(tokens, count, axis=0)
+        fields = {f"negative_{field}": x.repeat(count, 0) for field, x in self._words("decoder", [negative]).items()}
         if stage.embed_dim and stage.condition == "text":
             fields["negative_z_t"] = np.repeat(self.embed_text([negative]), count, axis=0)
         return fields
 
-    def upsample(self, images: Pixels | Exact, **drawing: Unpack[Drawing]) -> dict[str, Pixels]:
-        """Returns upsampler -> uint8 images of its size, for each upsampler that is there, in the cascade's order."""
+    def upsample(
+        self, images: Pixels | Exact, captions: Sequence[str] | None = None, **drawing: Unpack[Drawing]
+    ) -> dict[str, Pixels]:
+        """Returns upsampler -> uint8 images of its size, in the cascade's order. Few read captions; "" by default."""
         made = {}
         for name in self.upsamplers:
-            images = self.predictor.run(name, "sample", {"low_res": images}, **drawing)
+            fields = {"low_res": images, **self._words(name, captions or [""] * len(images))}
+            images = self.predictor.run(name, "sample", fields, **drawing)
             made[name] = images
         return made
 
@@ -393,6 +396,6 @@ class UnCLIP:
         """Decoder and upsamplers; `before` is what the parts had taken when the caller began."""
         small = self.decode(z_i, captions, negative=negative, **drawing)
         rounded = small if small.dtype == np.uint8 else np.asarray(to_uint8(jnp.asarray(small)))
-        images = {"decoder": rounded, **self.upsample(small, **drawing)}
+        images = {"decoder": rounded, **self.upsample(small, captions, **drawing)}
         spent = {name: timing.seconds - before[name] for name, timing in self.timings.items()}
         return Generation(z_i, images, {name: seconds for name, seconds in spent.items() if seconds})

@@ -46,8 +46,6 @@ _TINY_DIGEST = "ea98de301e9f531b49f647db238aff50d936fa58c18e4d9ebed185266a6994a6
 
 # What the two files of a vocabulary may be called: symbols, merges.
 _FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("encoder.json.gz", "vocab.bpe.gz"))
-# All that may make up a vocabulary's folder.
-FILES = (*(name for pair in _FILES for name in pair), "tokenizer.json")
 _LONGEST = 1 << 26  # bytes of either; OpenAI's has 1 MB
 
 Merges = list[tuple[str, str]]
@@ -69,8 +67,8 @@ class Tokenizer:
 
         Args:
           vocabulary: "tiny" for the small one that comes with this package, or a folder that holds `vocab.json` and
-            `merges.txt` (or `tokenizer.json`) of OpenAI's CLIP or of another vocabulary in its format, or of GPT-2's; the
-            latter may also be called `encoder.json` and `vocab.bpe`, as in GLIDE's code, gzipped or not.
+            `merges.txt` (or `tokenizer.json`) of OpenAI's CLIP or of another vocabulary in its format; or GPT-2's, for
+            GLIDE, which may also be called `encoder.json` and `vocab.bpe`, gzipped or not.
 
         Raises:
           InputError: if the folder or a file is missing or damaged, or if a known caption gets the wrong ids.

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax import checkpoint
 from unclip_jax import config as configs
-from unclip_jax.data.tokenizer import FILES, Tokenizer
+from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.stages import base
 
@@ -98,18 +98,11 @@ def write(
     known = {"tokenizer": tokenizer.digest} if tokenizer else {}
     extra = {"data": {**known, **(trained_on or {})}, "imported": dict(imported.about)}
     checkpoint.save_weights(part, imported.params, dict(imported.statistics), config=config, extra=extra)
-    if vocabulary not in ("", "tiny"):
-        _copy_vocabulary(pathlib.Path(vocabulary).expanduser(), part / _VOCABULARY)
+    if tokenizer and vocabulary != "tiny":
+        (part / _VOCABULARY).mkdir()
+        tokenizer.save(part / _VOCABULARY)
     (part / "config.json").write_text(configs.to_json(config))
     (part / "imported.json").write_text(json.dumps(extra, indent=2, sort_keys=True) + "\n")
     if final.exists():
         final.rmdir()
     part.rename(final)
-
-
-def _copy_vocabulary(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what `Tokenizer` reads of a folder."""
-    target.mkdir()
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

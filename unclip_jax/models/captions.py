@@ -19,7 +19,7 @@ class EncodedCaption(NamedTuple):
 
 
 def valid_tokens(tokens: Int[Array, "b n"], *, eot: int, bare: bool = False) -> Bool[Array, "b n"]:
-    """True for the positions of a caption up to and including its first end token; before it, if captions are `bare`."""
+    """True for a caption's positions up to and including its first end token; before that, if captions are `bare`."""
     ended = jnp.cumsum(tokens == eot, axis=-1)
     return ended - (0 if bare else tokens == eot) == 0
 

@@ -6,6 +6,8 @@ attention, so it trains on crops of a quarter and samples whole images.
 Karlo's is one, too: it enlarges by bicubic interpolation (`enlarge`), and a second network of the same shape takes the
 last of its seven steps (`sampling.last_steps`). That one is trained by a run of its own, often from the first's
 weights, and is here a frozen network, `last`.
+
+GLIDE's reads the caption again, by a text encoder of its own (`config.text`), and attends; so it wants whole images.
 """
 
 from typing import Any
@@ -15,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from unclip_jax.arrays import from_uint8, to_uint8
+from unclip_jax.arrays import Tokens, from_uint8, to_uint8
 from unclip_jax.diffusion import samplers
 from unclip_jax.errors import InputError, nearest
+from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.stages import base, denoising
 
@@ -34,10 +37,15 @@ class UpsamplerStage:
     """
 
     splits_batch = True
-    vocab_size = 0
 
     def __init__(self, config: ConfigDict):
-        self.network = base.network(UNet, config.unet, base.compute_dtype(config), where="config.unet")
+        dtype, text = base.compute_dtype(config), config.get("text")
+        self.network: UNet | Decoder = base.network(UNet, config.unet, dtype, where="config.unet")
+        self.context_length, self.vocab_size = (text.context_length, text.vocab_size) if text else (0, 0)
+        self.drop_text = config.drop.text if text and "drop" in config else 0.0
+        if text:
+            fields = {"unet": config.unet.to_dict(), "text": text.to_dict(), "embed_dim": 0, "clip_tokens": 0}
+            self.network = base.network(Decoder, fields, dtype, where="config")
         self.diffusion = denoising.process(config.diffusion)
         self.temperature = config.sampling.temperature
         self.sampler = denoising.sampler(self.diffusion, config.sampling)
@@ -66,21 +74,29 @@ class UpsamplerStage:
                 f"they must be in the ratio {self.side}:{self.low_res_side}, and the larger a multiple of {smallest}"
             )
 
+    def _caption(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"tokens": base.token_ids(batch_size, self.context_length)} if self.context_length else {}
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             "image": base.pixels(batch_size, self.crop),
             "low_res": base.pixels(batch_size, self.low_res_crop),
+            **self._caption(batch_size),
             "id": base.ids(batch_size),
         }
 
     def predict_specs(self, batch_size: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        sample = {"low_res": base.pixels(batch_size, self.low_res_side), "id": base.ids(batch_size)}
+        low_res = base.pixels(batch_size, self.low_res_side)
+        sample = {"low_res": low_res, **self._caption(batch_size), "id": base.ids(batch_size)}
         # The data makes `low_res` out of the whole image, which must be there to be reduced.
         reconstruct = {**sample, "image": base.pixels(batch_size, self.side)}
         return {"loss": self.batch_spec(batch_size), "sample": sample, "reconstruct": reconstruct}
 
     def init(self, rng: jax.Array) -> base.Params:
-        return self.network.init(rng, jnp.zeros((1, self.crop, self.crop, 6)), jnp.zeros((1,), jnp.int32))
+        x, t = jnp.zeros((1, self.crop, self.crop, 6)), jnp.zeros((1,), jnp.int32)
+        if isinstance(self.network, UNet):
+            return self.network.init(rng, x, t)
+        return self.network.init(rng, x, t, jnp.zeros((1, self.context_length), jnp.int32), None)
 
     def init_frozen(self, rng: jax.Array) -> dict[str, Any]:
         return {"last": self.init(rng)} if self.last_steps else {}
@@ -96,17 +112,27 @@ class UpsamplerStage:
 
     def loss(self, params, frozen, batch, rng, *, train):
         noise_rng, dropout_rng = jax.random.split(rng)
+        caption = self._read(params, batch.get("tokens"), jax.random.fold_in(rng, 2))
         x_start = from_uint8(batch["image"])
         enlarged = self._enlarged(batch["low_res"])
 
         def denoise(x_t, t):
             x = jnp.concatenate([x_t, enlarged], -1)
-            return self.network.apply(params, x, t, deterministic=not train, rngs={"dropout": dropout_rng})
+            rngs = {"dropout": dropout_rng}
+            if isinstance(self.network, UNet):
+                return self.network.apply(params, x, t, deterministic=not train, rngs=rngs)
+            return self.network.apply(params, x, t, caption, not train, method="denoise", rngs=rngs)
 
         return denoising.loss(self.diffusion, denoise, x_start, noise_rng)
 
     def sample(
-        self, params: base.Params, low_res: LowRes, keys: samplers.NoiseSource, *, last: base.Params | None = None
+        self,
+        params: base.Params,
+        low_res: LowRes,
+        keys: samplers.NoiseSource,
+        *,
+        tokens: Tokens | None = None,
+        last: base.Params | None = None,
     ) -> Float[Array, "b h2 w2 3"]:
         """Returns float images in [-1, 1] from low-resolution images of any size.
 
@@ -114,21 +140,34 @@ class UpsamplerStage:
           params: weights.
           low_res: uint8 as they were drawn, or float in [-1, 1].
           keys: one per example, or the noise itself.
+          tokens: captions, where it reads any.
           last: weights of the network that takes the last steps, where `sampling.last_steps` says that there is one.
         """
         enlarged = self._enlarged(low_res)
+        of_first, of_last = (None if p is None else self._call(p, self._read(p, tokens)) for p in (params, last))
 
         def denoise(x_t, t):
             x = jnp.concatenate([x_t, enlarged], -1)
-            if last is None:
-                return self.network.apply(params, x, t)
+            if of_last is None:
+                return of_first(x, t)
             # All examples are at one timestep, so one of the two networks runs.
-            return jax.lax.cond(t[0] <= self.last_t, self._call(last), self._call(params), x, t)
+            return jax.lax.cond(t[0] <= self.last_t, of_last, of_first, x, t)
 
         return self.sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
 
-    def _call(self, params):
-        return lambda x, t: self.network.apply(params, x, t)
+    def _read(self, params: base.Params, tokens: Tokens | None, rng: jax.Array | None = None) -> Any:
+        """What the network reads of captions at every timestep, if it reads any; with a key some are dropped."""
+        if isinstance(self.network, UNet):
+            return None
+        if tokens is None:
+            raise InputError("this upsampler (config.text) reads captions, and was given none")
+        dropped = None if rng is None else base.drop(rng, self.drop_text, len(tokens))
+        return self.network.apply(params, tokens, None, dropped, method="condition")
+
+    def _call(self, params, caption):
+        if isinstance(self.network, UNet):
+            return lambda x, t: self.network.apply(params, x, t)
+        return lambda x, t: self.network.apply(params, x, t, caption, method="denoise")
 
     def predict_fns(self) -> dict[str, base.Predict]:
         def loss(params, frozen, batch, rng):
@@ -136,7 +175,8 @@ class UpsamplerStage:
 
         def sample(params, frozen, batch, rng):
             last = frozen["last"] if self.last_steps else None
-            images = self.sample(params, batch["low_res"], base.noise(rng, batch), last=last)
+            noise = base.noise(rng, batch)
+            images = self.sample(params, batch["low_res"], noise, tokens=batch.get("tokens"), last=last)
             return to_uint8(images)
 
         return {"loss": loss, "sample": sample, "reconstruct": sample}
