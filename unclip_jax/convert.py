@@ -69,8 +69,6 @@ def convert(request: formats.Request, workdir: str) -> dict[str, str]:
         workdirs.write(folder, imported, vocabulary=vocabulary, trained_on={} if name == "clip" else trained_on)
         if name == "clip":
             trained_on["frozen.clip"] = digests.fingerprint(imported.params)
-        if not vocabulary and imported.about.get("reads_captions"):
-            _LOG.warning("%s: no vocabulary was found beside the weights; captions need --vocabulary=FOLDER", name)
         made[name] = folder
         del imported  # before the next is read
     return made

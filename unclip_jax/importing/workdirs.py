@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -18,6 +19,7 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.stages import base
 
+_LOG = logging.getLogger(__name__)
 _VOCABULARY = "vocabulary"  # of a workdir
 
 
@@ -89,6 +91,8 @@ def write(
             f"the vocabulary {vocabulary!r} has {tokenizer.vocab_size} entries, the imported network reads "
             f"{stage.vocab_size}; give --vocabulary, that which it was trained with"
         )
+    if stage.vocab_size and not tokenizer:
+        _LOG.warning("%s: no vocabulary lies beside the weights; to read captions, import it with --vocabulary", workdir)
     config = ConfigDict(imported.config.to_dict())
     config.data.vocabulary = vocabulary if vocabulary in ("", "tiny") else str(final / _VOCABULARY)
     config = configs.check(config.lock())
