@@ -297,8 +297,7 @@ class UnCLIP:
           drawing: see Drawing.
 
         Raises:
-          InputError: embeddings of another width, or not as many as captions; or a negative prompt for a decoder that
-            is not guided, or reads no captions.
+          InputError: embeddings of another width or number, or a negative prompt that an unguided decoder ignores.
         """
         stage: Any = self.part("decoder").stage
         fields = self._words("decoder", captions)

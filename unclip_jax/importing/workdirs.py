@@ -92,7 +92,7 @@ def write(
             f"{stage.vocab_size}; give --vocabulary, that which it was trained with"
         )
     if stage.vocab_size and not tokenizer:
-        _LOG.warning("%s: no vocabulary lies beside the weights; to read captions, import it with --vocabulary", workdir)
+        _LOG.warning("%s: no vocabulary lies beside the weights; to read captions, import with --vocabulary", workdir)
     config = ConfigDict(imported.config.to_dict())
     config.data.vocabulary = vocabulary if vocabulary in ("", "tiny") else str(final / _VOCABULARY)
     config = configs.check(config.lock())

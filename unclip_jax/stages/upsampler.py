@@ -40,8 +40,9 @@ class UpsamplerStage:
 
     def __init__(self, config: ConfigDict):
         dtype, text = base.compute_dtype(config), config.get("text")
-        self.network: UNet | Decoder = base.network(UNet, config.unet, dtype, where="config.unet")
-        self.context_length, self.vocab_size = (text.context_length, text.vocab_size) if text else (0, 0)
+        self.network: Any = base.network(UNet, config.unet, dtype, where="config.unet")
+        self.context_length: int = text.context_length if text else 0
+        self.vocab_size: int = text.vocab_size if text else 0
         self.drop_text = config.drop.text if text and "drop" in config else 0.0
         if text:
             fields = {"unet": config.unet.to_dict(), "text": text.to_dict(), "embed_dim": 0, "clip_tokens": 0}
@@ -94,7 +95,7 @@ class UpsamplerStage:
 
     def init(self, rng: jax.Array) -> base.Params:
         x, t = jnp.zeros((1, self.crop, self.crop, 6)), jnp.zeros((1,), jnp.int32)
-        if isinstance(self.network, UNet):
+        if not self.context_length:
             return self.network.init(rng, x, t)
         return self.network.init(rng, x, t, jnp.zeros((1, self.context_length), jnp.int32), None)
 
@@ -119,7 +120,7 @@ class UpsamplerStage:
         def denoise(x_t, t):
             x = jnp.concatenate([x_t, enlarged], -1)
             rngs = {"dropout": dropout_rng}
-            if isinstance(self.network, UNet):
+            if not self.context_length:
                 return self.network.apply(params, x, t, deterministic=not train, rngs=rngs)
             return self.network.apply(params, x, t, caption, not train, method="denoise", rngs=rngs)
 
@@ -157,7 +158,7 @@ class UpsamplerStage:
 
     def _read(self, params: base.Params, tokens: Tokens | None, rng: jax.Array | None = None) -> Any:
         """What the network reads of captions at every timestep, if it reads any; with a key some are dropped."""
-        if isinstance(self.network, UNet):
+        if not self.context_length:
             return None
         if tokens is None:
             raise InputError("this upsampler (config.text) reads captions, and was given none")
@@ -165,7 +166,7 @@ class UpsamplerStage:
         return self.network.apply(params, tokens, None, dropped, method="condition")
 
     def _call(self, params, caption):
-        if isinstance(self.network, UNet):
+        if not self.context_length:
             return lambda x, t: self.network.apply(params, x, t)
         return lambda x, t: self.network.apply(params, x, t, caption, method="denoise")
 
