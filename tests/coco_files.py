@@ -16,7 +16,7 @@ def pixels(number: int) -> np.ndarray:
     height, width = (48, 72) if number % 2 else (80, 56)
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / rng.uniform(3, 20) + y / rng.uniform(3, 20) + rng.uniform(0, 6)) for _ in range(3)]
-    return np.uint8(127.5 + 120 * np.stack(waves, -1))
+    return (127.5 + 120 * np.stack(waves, -1)).astype(np.uint8)
 
 
 def image_id(number: int) -> int:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import coco_files
 import numpy as np
@@ -19,10 +20,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COUNT = 40
 
 
-def small(name: str, **changes) -> protocols.Protocol:
+def small(name: str, **changes: Any) -> protocols.Protocol:
     """A COCO protocol that is content with 40 images and draws 30."""
-    size = {"images": 30 if "mlperf" in name else COUNT, "count": 30}
-    return dataclasses.replace(protocols.named(name), **size, **changes)
+    changes = {"images": 30 if "mlperf" in name else COUNT, "count": 30, **changes}
+    return dataclasses.replace(protocols.named(name), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def test_names_stand_for_what_they_always_stood_for():
         "coco30k-clean": "50f3b2c725b0c57a",
         "coco30k-mlperf": "a48d355a02da7789",
         "captioned_shapes": "7ad2f27263d09a4f",
+        "captioned_shapes-1k": "297b8b6057c3c82a",
         "captioned_shapes-smoke": "3e845395b3c370fa",
         "emoji": "1e20f1a6a62f5a1d",
     }
@@ -134,7 +136,7 @@ def test_coco_that_is_not_whole_is_refused_by_name(files, tmp_path, pool):
         rows.chosen(protocols.named("coco30k-openai"), pool)
     with pytest.raises(InputError, match="wants 41 captions.* has 40"):
         rows.chosen(dataclasses.replace(small("coco30k-openai"), count=41), pool)
-    with pytest.raises(InputError, match="needs COCO: give --config.coco.annotations="):
+    with pytest.raises(InputError, match="needs COCO: give --config.coco_files.annotations="):
         pools.opened(protocols.named("coco30k-clean"), {"annotations": annotations})
     for value, match in (
         ("[]", "is no file of COCO captions"),

@@ -26,13 +26,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # parts: trained networks, read from their workdirs; importing: makes others' such workdirs; pages: HTML
     ("inception_file", "parts", "importing", "captioned_grid", "description", "goodput_sums", "pages"),
     # predictor: calls parts; jobs: runs programs side by side
-    ("predictor", "quickstart_report", "run_curves", "jobs"),
+    ("predictor", "quickstart_report", "run_curves", "jobs", "evaluation_pages"),
     ("unclip", "training_jobs", "run_report"),
-    ("program", "fitting", "report"),
+    ("program", "fitting", "report", "feature_networks", "reference_filter", "evaluation_exchange"),
     # inputs: what a program reads; traced_run: a run traced, for the planner; plans: what it says
-    ("inputs", "traced_run", "plans"),
-    ("train", "planning"),
-    ("plan_search", "plan_tables", "artifacts"),
+    ("inputs", "traced_run", "plans", "evaluated_models"),
+    ("train", "planning", "image_units"),
+    ("plan_search", "plan_tables", "evaluation_job", "artifacts"),
     ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare",
      "human_study", "preferences"),
     ("quickstart_results", "ablation_tables"),

@@ -66,6 +66,9 @@ _UNET = {
     "scale_shift": TEXT, "norm_groups": SIZE, "remat": TEXT,
 }  # fmt: skip
 
+# Of an evaluation: texts, of which "" stands for what a part was trained with.
+_SAMPLED = {key: TEXT for key in ("method", "timesteps", "guidance_scale", "eta", "candidates")}
+
 # Section -> key -> rule. `model` differs by stage; the union of its keys is allowed here, and the network's own
 # fields refuse what does not belong.
 RULES: dict[str, Any] = {
@@ -112,6 +115,13 @@ RULES: dict[str, Any] = {
     "evaluation": {**_durations("every"), "evaluators": Rule(tuple), "examples": SIZE, "batch_size": SIZE,
                    "recall_at": SIZES, "templates": Rule(tuple), "classes": Rule(tuple), "label": TEXT,
                    "label_dataset": TEXT, "label_split": TEXT, "label_train_split": TEXT, "probe_examples": SIZE},
+    # Of `python -m unclip_jax.evaluate`, configs/eval_*.py.
+    "protocols": Rule(tuple), "features": Rule(tuple), "inception": TEXT, "clip_workdir": TEXT, "data_dir": TEXT,
+    "coco_files": {"annotations": TEXT, "images": TEXT, "tfds": TEXT}, "removed": TEXT, "reference": TEXT,
+    "prior": TEXT, "weights": TEXT, "microbatch": SIZE, "unit_rows": SIZE,
+    "sweep": {"decoder": Rule(tuple), "prior": Rule(tuple)},
+    "sampled": {part: _SAMPLED for part in ("prior", "decoder", "upsampler_1", "upsampler_2")},
+    "max_bad_percent": Rule(float, 0, 100),
 }  # fmt: skip
 
 # Keys that may differ when a run is resumed: they change where and how it runs, never what it computes.

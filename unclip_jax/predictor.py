@@ -56,6 +56,12 @@ class Predictor:
         self.microbatch = math.ceil(microbatch / replicas) * replicas
         self._programs: dict[tuple[str, str, Any], Any] = {}
 
+    def share(self, other: "Predictor") -> None:
+        """Takes over what another one, for batches as large, has compiled of parts that are the same ones here."""
+        if (other._mesh, other.microbatch) == (self._mesh, self.microbatch):
+            same = {name for name, part in self._parts.items() if other._parts.get(name) is part}
+            self._programs |= {key: program for key, program in other._programs.items() if key[0] in same}
+
     def run(
         self,
         name: str,

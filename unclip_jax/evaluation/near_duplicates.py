@@ -89,7 +89,7 @@ def write(
       training: fingerprints of the training set's splits.
       image_ids, cosines, neighbours: of each reference image the nearest cosine and the training example's index.
     """
-    chosen = np.flatnonzero(np.asarray(cosines) >= threshold)
+    chosen = np.flatnonzero(np.asarray(cosines) >= threshold).tolist()
     listed = sorted((int(image_ids[n]), round(float(cosines[n]), 6), int(neighbours[n])) for n in chosen)
     value = {
         "format": _FORMAT,

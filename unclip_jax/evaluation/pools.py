@@ -81,8 +81,8 @@ def opened(protocol: protocols.Protocol, options: Mapping[str, Any]) -> Pool:
     if given == ["annotations", "images"]:
         return coco.Annotated(str(options["annotations"]), str(options["images"]))
     raise InputError(
-        f"{protocol.name} needs COCO: give --config.coco.annotations=captions_val2014.json and "
-        "--config.coco.images=val2014, or --config.coco.tfds with the folder that TFDS prepared"
+        f"{protocol.name} needs COCO: give --config.coco_files.annotations=captions_val2014.json and "
+        "--config.coco_files.images=val2014, or --config.coco_files.tfds with the folder that TFDS prepared"
     )
 
 

@@ -8,6 +8,7 @@ name. The digest of a protocol stands in every result.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from unclip_jax.data import sealed
@@ -29,9 +30,9 @@ class Protocol:
       images: reference images that the source must have; 0 for as many as it has.
       without_near_duplicates: whether images that are near one of the model's own training set are taken out of the
         reference, by a file that names them (`near_duplicates`).
-      real: how a real image becomes pixels, a key of `real_images.PATHS`.
+      real: how a real image becomes pixels, a key of `inception_paths.REAL`.
       size: pixels a side of a generated image.
-      inception: how pixels become what Inception reads, a key of `feature_sizes.PATHS`.
+      inception: how pixels become what Inception reads, a key of `inception_paths.INCEPTION`.
       metrics: keys of `measures.METRICS`.
     """
 
@@ -98,6 +99,8 @@ _NAMED = (
         metrics=("fid", "clip_score"),
     ),
     _SHAPES,
+    # A fifth of its captions, for sweeps.
+    dataclasses.replace(_SHAPES, name="captioned_shapes-1k", count=1_000),
     # A minute's worth, to see that all of it works.
     dataclasses.replace(_SHAPES, name="captioned_shapes-smoke", count=96, images=128),
     Protocol(
@@ -120,3 +123,20 @@ def named(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise InputError(f"there is no protocol {name!r}; {nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]
+
+
+def together(names: Sequence[str]) -> list[Protocol]:
+    """Returns protocols that one set of images is scored by.
+
+    Raises:
+      InputError: there is none, or no such one, or they are of other data or sizes.
+    """
+    if not names:
+        raise InputError(f"config.protocols is empty; name some of {', '.join(PROTOCOLS)}")
+    found = [named(name) for name in names]
+    for protocol in found[1:]:
+        if (protocol.source, protocol.size) != (found[0].source, found[0].size):
+            raise InputError(
+                f"{found[0].name} and {protocol.name} are of other data or sizes; evaluate them in folders of their own"
+            )
+    return found

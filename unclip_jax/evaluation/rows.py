@@ -47,9 +47,14 @@ class Pool(Protocol):
       captions: (caption id, image id, text), in the order of the source.
     """
 
-    fingerprint: Mapping[str, Any]
-    image_ids: Sequence[int]
-    captions: Sequence[tuple[int, int, str]]
+    @property
+    def fingerprint(self) -> Mapping[str, Any]: ...
+
+    @property
+    def image_ids(self) -> Sequence[int]: ...
+
+    @property
+    def captions(self) -> Sequence[tuple[int, int, str]]: ...
 
     def image(self, image_id: int) -> UInt8[np.ndarray, "_ _ 3"]:
         """Returns an image's pixels; raises InputError, which names it, where it cannot be read."""
