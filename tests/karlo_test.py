@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny_karlo
 import torch
+from diffusers import KandinskyV22PriorPipeline, UnCLIPScheduler
 from diffusers.schedulers import scheduling_unclip
 from PIL import Image
 
@@ -74,3 +75,24 @@ def test_variations_are_the_pipelines(parts, model, monkeypatch):
         monkeypatch.setattr(scheduling_unclip, "randn_tensor", tiny_karlo.steps_noise(one))
         images.append(pipeline(pictures[row], output_type="np", **tiny_karlo.latents(one)).images[0])
     assert_same(made.images["upsampler_1"], np.round(np.stack(images) * 255).astype(np.uint8))
+
+
+def test_kandinskys_prior_is_the_pipelines(parts, tmp_path, monkeypatch):
+    names = ("prior", "image_encoder", "text_encoder", "tokenizer")
+    pipeline = KandinskyV22PriorPipeline(
+        **{name: parts[name] for name in names},
+        scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0),
+        image_processor=parts["feature_extractor"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "theirs")
+    request = Request(format="kandinsky_prior", path=str(tmp_path / "theirs"))
+    assert list(convert.convert(request, str(tmp_path / "models"))) == ["clip", "prior_diffusion"]
+    model = unclip.UnCLIP.load(str(tmp_path / "models"), microbatch=2)
+    assert model.parts["prior_diffusion"].config.diffusion.clip_x_start == 10.0
+    given = {"prior_diffusion": tiny_karlo.noise(len(PROMPTS), seed=2)["prior_diffusion"]}
+    made = model.sample_prior(PROMPTS, noise=given)
+    monkeypatch.setattr(scheduling_unclip, "randn_tensor", tiny_karlo.steps_noise(given))
+    latents = torch.tensor(given["prior_diffusion"][0])
+    theirs = pipeline(PROMPTS, latents=latents, output_type="np").image_embeds
+    np.testing.assert_allclose(made, theirs, atol=2e-5 * np.abs(theirs).max())

@@ -10,6 +10,7 @@ The workdir is then that of a run at step 0, which `generate`, `train`, `evaluat
     karlo           a folder of diffusers' UnCLIPPipeline, of its variations, or    of all its networks
                     with the sub-folders of both
     karlo_original  a folder with the files that Kakao Brain published              of all its networks
+    kandinsky_prior a folder of KandinskyPriorPipeline or KandinskyV22PriorPipeline  of its CLIP and its prior
     glide           base.pt or upsample.pt, and --vocabulary                        of a decoder or an upsampler
 
 To go on training, name the config that is there and what is to differ, beside the data:
@@ -41,7 +42,11 @@ ONE: Mapping[str, formats.Reader] = {
     "open_clip": clips.open_clip,
     "glide": glide.glide,
 }
-STACKS: Mapping[str, formats.Reader] = {"karlo": karlo.diffusers, "karlo_original": karlo.original}
+STACKS: Mapping[str, formats.Reader] = {
+    "karlo": karlo.diffusers,
+    "karlo_original": karlo.original,
+    "kandinsky_prior": karlo.kandinsky,
+}
 
 
 def convert(request: formats.Request, workdir: str) -> dict[str, str]:

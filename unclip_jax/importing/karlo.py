@@ -48,21 +48,14 @@ def diffusers(request: Request) -> Parts:
         raise InputError(
             f"{request.path!r} should hold the folders of diffusers' UnCLIPPipeline: text_encoder, prior, decoder, …"
         )
-    vocabulary = request.vocabulary or (str(root / "tokenizer") if (root / "tokenizer").is_dir() else "")
-    request = dataclasses.replace(request, vocabulary=vocabulary)
+    request = _with_vocabulary(request, root)
     clip = _towers(request, root)
     yield "clip", clip
     described = clip.config.model.to_dict()
     del clip
     if "prior" in there:
-        fields = karlo_fields.prior(_config(root / "prior"), where="prior/config.json")
         process = _scheduler(root / "prior_scheduler", prediction_type="sample", clip_sample_range=5.0)
-        config = _prior(request, fields, described, process, guidance_scale=4.0)
-        table = karlo_tables.prior(_network(DiffusionPrior, config.model))
-        state = tensors.open_tensors(root / "prior")
-        yield "prior_diffusion", formats.network(
-            config, table, state, request, statistics=karlo_tables.PRIOR_STATISTICS
-        )
+        yield "prior_diffusion", _diffusers_prior(request, root, described, process)
     if "decoder" in there:
         fields = karlo_fields.text_projection(_config(root / "text_proj"))
         fields["unet"] = karlo_fields.unet(_config(root / "decoder"), where="decoder/config.json")
@@ -78,6 +71,38 @@ def diffusers(request: Request) -> Parts:
             config = _upsampler(request, fields, process, low_res_size, last_steps=int(name == "upsampler_1"))
             table = karlo_tables.upsampler(_network(UNet, config.unet))
             yield name, formats.network(config, table, tensors.open_tensors(root / folder), request)
+
+
+def kandinsky(request: Request) -> Parts:
+    """A folder of KandinskyPriorPipeline (2.1) or KandinskyV22PriorPipeline: a prior as Karlo's, clipped to [-10, 10].
+
+    Its embeddings are for Kandinsky's own decoders, which are not here.
+    """
+    request.check_options()
+    root = pathlib.Path(request.path).expanduser()
+    lacking = [name for name in ("text_encoder", "prior") if not (root / name).is_dir()]
+    if lacking:
+        raise InputError(f"{request.path!r} is no folder of Kandinsky's prior: it has no {' and no '.join(lacking)}")
+    request = _with_vocabulary(request, root)
+    clip = _towers(request, root)
+    yield "clip", clip
+    described = clip.config.model.to_dict()
+    del clip
+    process = _scheduler(root / "scheduler", prediction_type="sample", clip_sample_range=10.0)
+    yield "prior_diffusion", _diffusers_prior(request, root, described, process)
+
+
+def _diffusers_prior(request: Request, root: pathlib.Path, clip: Fields, process: Fields) -> workdirs.Imported:
+    fields = karlo_fields.prior(_config(root / "prior"), where="prior/config.json")
+    config = _prior(request, fields, clip, process, guidance_scale=4.0)
+    table = karlo_tables.prior(_network(DiffusionPrior, config.model))
+    state = tensors.open_tensors(root / "prior")
+    return formats.network(config, table, state, request, statistics=karlo_tables.PRIOR_STATISTICS)
+
+
+def _with_vocabulary(request: Request, root: pathlib.Path) -> Request:
+    vocabulary = request.vocabulary or (str(root / "tokenizer") if (root / "tokenizer").is_dir() else "")
+    return dataclasses.replace(request, vocabulary=vocabulary)
 
 
 def original(request: Request) -> Parts:
@@ -187,9 +212,10 @@ def _towers(request: Request, root: pathlib.Path) -> workdirs.Imported:
     """The CLIP, whose text tower diffusers keeps in one folder and, for variations, its image tower in another."""
     vision = _config(root / "image_encoder") if (root / "image_encoder").is_dir() else None
     fields = clip_fields.of_towers(_config(root / "text_encoder"), vision)
-    if (root / "feature_extractor" / "preprocessor_config.json").is_file():
-        found = clip_fields.read_json(root / "feature_extractor" / "preprocessor_config.json")
-        fields |= clip_fields.statistics(found, "image_mean", "image_std")
+    for folder in ("feature_extractor", "image_processor"):
+        if (root / folder / "preprocessor_config.json").is_file():
+            found = clip_fields.read_json(root / folder / "preprocessor_config.json")
+            fields |= clip_fields.statistics(found, "image_mean", "image_std")
     clip = clips.network(fields)
     table = clip_names.transformers_text(clip).under(ours="text/", theirs="text_encoder.")
     table += names.array("logit_scale", "logit_scale")
