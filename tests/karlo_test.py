@@ -1,5 +1,7 @@
 """Karlo imported: what its networks draw is what diffusers' pipelines draw of the same noise."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_karlo
@@ -9,7 +11,10 @@ from diffusers.schedulers import scheduling_unclip
 from PIL import Image
 
 from unclip_jax import convert, unclip
+from unclip_jax.errors import InputError
+from unclip_jax.importing import karlo
 from unclip_jax.importing.formats import Request
+from unclip_jax.stages import base
 
 PROMPTS = ["a small red star!", "a large blue circle on the left of a green ring, and more than it can hold"]
 # Two levels of 255 would be a step that rounding alone cannot make: both round the same number, to 1e-5.
@@ -96,3 +101,24 @@ def test_kandinskys_prior_is_the_pipelines(parts, tmp_path, monkeypatch):
     latents = torch.tensor(given["prior_diffusion"][0])
     theirs = pipeline(PROMPTS, latents=latents, output_type="np").image_embeds
     np.testing.assert_allclose(made, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_a_pipeline_without_its_image_encoder_reads_captions_only(folder, tmp_path):
+    """Karlo's text to image comes so."""
+    for path in folder.iterdir():
+        if path.name in ("text_encoder", "tokenizer"):
+            (tmp_path / path.name).symlink_to(path)
+    name, clip = next(karlo.diffusers(Request(format="karlo", path=str(tmp_path))))
+    assert name == "clip" and not clip.config.model.image_tower
+    assert set(clip.params["params"]) == {"text", "logit_scale"}
+    stage = base.create(clip.config)
+    tokens = jnp.asarray([[2046, 5, 2047, *[0] * (tiny_karlo.LENGTH - 3)]])
+    z_t = stage.predict_fns()["raw_z_t"](jax.tree.map(jnp.asarray, clip.params), {}, {"clip_tokens": tokens}, None)
+    assert z_t.shape == (1, tiny_karlo.DIM)
+    with pytest.raises(InputError, match="no image tower"):
+        stage.predict_fns()["raw_z_i"](clip.params, {}, {"clip_image": jnp.zeros((1, 16, 16, 3), jnp.uint8)}, None)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(InputError, match="should hold the folders of diffusers' UnCLIPPipeline"):
+        next(karlo.diffusers(Request(format="karlo", path=str(tmp_path))))

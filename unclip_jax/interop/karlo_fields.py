@@ -111,9 +111,10 @@ def unet(config: Json, *, where: str) -> Fields:
     if values["resnet_time_scale_shift"] not in shifts:
         raise InputError(f"{where} has resnet_time_scale_shift={values['resnet_time_scale_shift']!r}, known: {shifts}")
     heads = values["attention_head_dim"]
+    channels = 4 if any(attends) else 3  # UNet2DConditionModel's where none are given, and UNet2DModel's
     return {
-        "in_channels": values["in_channels"] or 3,
-        "out_channels": values["out_channels"] or 3,
+        "in_channels": values["in_channels"] or channels,
+        "out_channels": values["out_channels"] or channels,
         "channels": widths[0],
         "channel_mult": tuple(width // widths[0] for width in widths),
         "depth": depth,
