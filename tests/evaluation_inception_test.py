@@ -115,9 +115,20 @@ def _computed(params, images, name=None, **options):
     return jax.jit(apply)(params, jnp.asarray(images, jnp.float32))
 
 
+def _leave_out_what_follows(monkeypatch):
+    """Puts nothing in the place of all blocks after the stem, which takes a tenth of the time to trace."""
+    for block in ("Pooled35", "To17", "To8", "Widened8", "classes"):
+        monkeypatch.setattr(inception_network, block, lambda *_, **__: lambda x: x)
+    monkeypatch.setattr(inception_network, "Factored17", lambda *_, **__: lambda x: (x, x))
+
+
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slips_in_the_network_are_heard(params, monkeypatch, slip):
     name, replacements = SLIPS[slip]
+    if name == "64":
+        _leave_out_what_follows(monkeypatch)
+        right = _computed(params, inception.known_images(256)[:1], name)
+        assert inception.distance(right, {name: _wanted()[name]}) <= BAR
     for function, replacement in replacements.items():
         monkeypatch.setattr(inception_network, function, replacement)
     found = _computed(params, inception.known_images(256)[:1], name)
@@ -125,7 +136,7 @@ def test_slips_in_the_network_are_heard(params, monkeypatch, slip):
 
 
 def test_slips_in_what_is_read_or_taken_are_heard(params):
-    images, wanted = inception.known_images(256)[:1], _wanted()
+    images, wanted = inception.known_images(256), ANSWERS[256]
     read = functools.partial(inception.features, params)
     found, every = _computed(params, images, capture_intermediates=lambda module, _: module.name in ("branch1x1", "bn"))
     assert inception.distance(found, wanted) <= BAR
@@ -134,11 +145,11 @@ def test_slips_in_what_is_read_or_taken_are_heard(params):
         lambda path, x: jnp.ones_like(x) if path[-1].key == "scale" else x, params
     )
     bias = inception.redrawn_tensors(inception.ANSWERS_SEED)["fc.bias"]
-    spatial = np.asarray(found["spatial"]).reshape(1, 17, 17, 7)
+    spatial = np.asarray(found["spatial"]).reshape(2, 17, 17, 7)
 
     def branch(letter, channels=slice(7)):
         output = every["intermediates"][f"Mixed_6{letter}"]["branch1x1"]["__call__"][0]
-        return np.asarray(output)[..., channels].reshape(1, -1)
+        return np.asarray(output)[..., channels].reshape(2, -1)
 
     before_relu = every["intermediates"]["Mixed_6d"]["branch1x1"]["bn"]["__call__"][0][..., :7]
     slips = {
@@ -146,9 +157,9 @@ def test_slips_in_what_is_read_or_taken_are_heard(params):
         "7 BGR": read(images[..., ::-1]),
         "7 columns for rows": read(images.swapaxes(1, 2)),
         "3 logits with bias": found | {"logits_unbiased": found["logits_unbiased"] + bias},
-        "channels first": found | {"spatial": spatial.transpose(0, 3, 1, 2).reshape(1, -1)},
+        "channels first": found | {"spatial": spatial.transpose(0, 3, 1, 2).reshape(2, -1)},
         "other channels": found | {"spatial": branch("d", slice(7, 14))},
-        "before the ReLU": found | {"spatial": before_relu.reshape(1, -1)},
+        "before the ReLU": found | {"spatial": before_relu.reshape(2, -1)},
     }
     slips |= {f"another block, {letter}": found | {"spatial": branch(letter)} for letter in "bce"}
     heard = {slip: inception.distance(changed, wanted) for slip, changed in slips.items()}
