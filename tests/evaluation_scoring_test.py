@@ -114,8 +114,8 @@ def test_equal_sets_are_at_no_distance_and_few_images_are_noted(sets, tmp_path):
     ]
 
 
-def test_only_a_references_images_are_prepared(sets):
-    images = []
+def test_only_the_pictures_of_a_references_folder_are_prepared(sets):
+    images: list[np.ndarray] = []
 
     def compute(params, batch):
         images.append(batch)
@@ -124,6 +124,9 @@ def test_only_a_references_images_are_prepared(sets):
     scoring.score(*sets, SETS, batch_size=50, prepare=lambda image: 255 - image, compute=compute)
     np.testing.assert_array_equal(images[0], 255 - REAL)
     np.testing.assert_array_equal(images[1][:40], SAMPLES)
+    scoring.score(sets[1], sets[0], SETS, batch_size=50, prepare=lambda image: 255 - image, compute=compute)
+    np.testing.assert_array_equal(images[2][:40], SAMPLES)
+    np.testing.assert_array_equal(images[3], REAL)
 
 
 def test_batches_have_one_size_and_rows_keep_their_order():

@@ -1,6 +1,7 @@
 """Images and references in others' formats: a job's results for their programs, and anyone's samples for ours."""
 
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from unclip_jax.evaluation import frechet, image_sets, inception, inception_path
 from unclip_jax.evaluation import references as reference_files
 from unclip_jax.evaluation.units import JOB, Units
 
+_LOG = logging.getLogger(__name__)
 _REDRAWN = "redrawn"
 
 
@@ -86,7 +88,7 @@ def _write_reference(path: pathlib.Path, units: Units) -> str:
 
 
 def score(options: Any) -> Iterator[str]:
-    """Scores samples that somebody made; yields lines, the last of which is JSON.
+    """Scores samples that somebody made; yields the result as JSON. Progress is in the log.
 
     Args:
       options: `samples`, an npz with `arr_0` or a folder of pictures; `reference`, the same of real images or a file
@@ -94,7 +96,7 @@ def score(options: Any) -> Iterator[str]:
         reference a file of moments must be; `batch_size`; and `out`, a file for the JSON, or "".
 
     Raises:
-      InputError: see `scoring.score`.
+      InputError: see `scoring.score`; or the device computes known features wrongly.
     """
     protocol = protocols.named(options.protocol)
     if not options.inception:
@@ -103,7 +105,7 @@ def score(options: Any) -> Iterator[str]:
             "else has"
         )
     network = inception.redrawn(0) if options.inception == _REDRAWN else inception_file.read(options.inception)
-    lines: list[str] = []
+    _LOG.info("features that are known come out at a relative distance of %.1e", inception.check_device(size=64))
     result = scoring.score(
         options.samples,
         options.reference,
@@ -112,9 +114,8 @@ def score(options: Any) -> Iterator[str]:
         prepare=inception_paths.REAL[protocol.real],
         compute=inception_paths.INCEPTION[protocol.inception],
         expected={"protocol": protocol.digest},
-        report=lines.append,
+        report=_LOG.info,
     )
-    yield from lines
     result = {**result, "protocol": {"name": protocol.name, "digest": protocol.digest}}
     text = json.dumps(result, indent=1, default=_plain)
     if options.out:

@@ -5,6 +5,7 @@ Samples are an npz with ADM's `arr_0` or a folder of pictures. A reference is ei
 """
 
 import os
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -103,7 +104,8 @@ def score(
       reference: the same of real images, or a file of moments.
       feature_set: the Inception network.
       batch_size: images in a call of the network.
-      prepare: applied to each image of a reference that is a folder, such as a crop of `preprocessing`.
+      prepare: applied to each image of a reference that is a folder, such as a crop of `preprocessing`; an npz holds
+        images that are prepared.
       compute: weights and images to features; another than the graph's own where a protocol resizes otherwise.
       expected: what a file of moments must say of itself, beside the features' name.
       report: gets lines of progress.
@@ -120,9 +122,7 @@ def score(
     def features_of(path, what, prepare=None):
         batches = image_sets.read(path, batch_size=batch_size, prepare=prepare)
         count = image_sets.count(path)
-        return extracted(
-            feature_set, batches, count, batch_size=batch_size, compute=compute, report=report, what=what
-        )  # fmt: skip
+        return extracted(feature_set, batches, count, batch_size=batch_size, compute=compute, report=report, what=what)
 
     notes: list[str] = []
     held: dict[str, Any] | None = None
@@ -135,7 +135,7 @@ def score(
             held = features_of(reference, "images in the reference")
             notes.append(f"KID, precision and recall are against the {file.images} images in the reference file")
     else:
-        held = features_of(reference, "reference", prepare)
+        held = features_of(reference, "reference", prepare if pathlib.Path(reference).expanduser().is_dir() else None)
         known, spatial = frechet.moments(held["2048"]), frechet.moments(held["spatial"])
         count = known.count
     own = features_of(samples, "samples")
