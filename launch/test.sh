@@ -80,9 +80,17 @@ if [ $# = 0 ]; then
   check shellcheck shellcheck launch/*.sh launch/*.sbatch .ci/run
   check hadolint "$venv/bin/hadolint" launch/Dockerfile
   check ruff "$python" -m ruff check .
-  check mypy "$python" -m mypy
+  # Beside pytest: it takes a minute of one core, and there are others.
+  types=$(mktemp)
+  "$python" -m mypy > "$types" 2>&1 &
+  mypy=$!
+  trap 'kill "$mypy" 2> /dev/null || true; rm -f "$types"' EXIT
 fi
 check pytest "$python" -m pytest -n "${UNCLIP_JOBS:-auto}" --dist worksteal "$@"
+if [ $# = 0 ]; then
+  check mypy wait "$mypy"
+  cat "$types"
+fi
 say summary
 printf '%s' "$summary"
 exit $failed

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+import scipy  # its parts are imported when they are used: all of optimize takes half a second of a program's start
 from jaxtyping import Float, Int
-from scipy import optimize, special
 
 from unclip_jax.evaluation.classification import Labelled, mean_per_class
 
@@ -43,7 +43,7 @@ def fit(
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         solved = flat.reshape(-1, classes)
-        log_p = special.log_softmax(inputs @ solved, axis=1)
+        log_p = scipy.special.log_softmax(inputs @ solved, axis=1)
         error = np.exp(log_p)
         error[rows, labels] -= 1.0
         gradient = inputs.T @ error
@@ -53,7 +53,8 @@ def fit(
 
     options = {"maxiter": 1000, "maxfun": 2000, "ftol": 0.0, "gtol": 1e-5}
     start = np.zeros(inputs.shape[1] * classes)
-    found = optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x.reshape(-1, classes)
+    solution = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    found = solution.x.reshape(-1, classes)
     weights = scaled @ found[:-1]
     return weights, found[-1] * one - centre @ weights
 
