@@ -149,7 +149,10 @@ def evaluate(
 
 
 def write_results(job: EvaluationJob, results: Mapping[str, Any]) -> None:
-    """Writes results.json, results.md and results.html; killed in between, the same command writes them again."""
+    """Writes a sweep's plots, results.html, results.md, results.json; after a kill the same command does so again."""
+    for name, content in evaluation_pages.plots(results).items():
+        with sealed.Replacing(job.workdir / name) as file:
+            file.write(content)
     with sealed.Replacing(job.workdir / "results.html") as file:
         file.write(evaluation_pages.page(results, job.shown(evaluation_pages.SHOWN)).encode())
     with sealed.Replacing(job.workdir / "results.md") as file:

@@ -1,5 +1,6 @@
 """Results of an evaluation as people read them: an HTML page with sample grids, Markdown, a sentence, plots."""
 
+import base64
 import json
 import math
 import pathlib
@@ -73,6 +74,9 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
                 f"{name}: {one['images']:,} real images are no more than the {one['width']:,} dimensions of their "
                 "features, so that distances are mostly bias."
             )
+    own = results["manifest"]["models"].get("clip", {}).get("digest", "")[:8]
+    if own and any(name.endswith(f"CLIP {own}") for name in results["references"]):
+        found.append(f"CLIP {own} is the one that these models were trained with, which flatters their CLIP scores.")
     count = sum(point["bad"]["count"] for point in results["points"])
     if count:
         found.append(f"{count} image{'s are' if count > 1 else ' is'} no image; named below, and counted as drawn.")
@@ -160,6 +164,12 @@ def curves(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 {"title": title, "rows": rows, "priors": several, "url": draw(rows, label=rows[0]["name"])}
             )
     return made
+
+
+def plots(results: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns file name -> SVG of each curve of a sweep."""
+    found = [base64.b64decode(curve["url"].partition(",")[2]) for curve in curves(results)]
+    return {f"guidance{f'-{number}' if number else ''}.svg": content for number, content in enumerate(found)}
 
 
 def draw(rows: Sequence[Mapping[str, Any]], *, label: str) -> str:

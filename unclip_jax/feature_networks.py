@@ -8,6 +8,7 @@ Numbers by two of them do not compare, so a result is named after its network.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,8 +18,10 @@ from unclip_jax import digests, inception_file, unclip
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.evaluation import inception, inception_paths, protocols
 
+_LOG = logging.getLogger(__name__)
 NETWORKS = ("inception", "inception-redrawn", "clip")
 _REDRAWN_SEED = 0
+_KNOWN_SIZE = 256
 # What of Inception's features is kept: of FID, sFID and the Inception Score.
 _KEPT = ("2048", "spatial", "logits_unbiased")
 
@@ -77,7 +80,7 @@ def read(
     check([key])
     if key == "clip":
         if clip is None or "clip" not in clip.parts:
-            raise InputError("config.features has 'clip', and there is none; give its workdir by --config.clip")
+            raise InputError("config.features has 'clip', and there is none; give its workdir by --config.clip_workdir")
         return _clip(clip)
     if key == "inception" and not weights:
         raise InputError(
@@ -85,7 +88,12 @@ def read(
             "--config.inception=pt_inception-2015-12-05-6726825d.pth; without it take 'inception-redrawn' or 'clip', "
             "whose numbers are no FID that anybody else has"
         )
-    read_set = inception_file.read(weights) if key == "inception" else inception.redrawn(_REDRAWN_SEED)
+    if key == "inception-redrawn":
+        return _inception(key, inception.redrawn(_REDRAWN_SEED), protocol.inception, microbatch)
+    read_set = inception_file.read(weights)
+    size = protocol.size if protocol.size in inception.answers() else _KNOWN_SIZE
+    away = inception.check_device(size=size, batch=microbatch)
+    _LOG.info("Inception's features of known images are %.1e away from those known", away)
     return _inception(key, read_set, protocol.inception, microbatch)
 
 
