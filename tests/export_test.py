@@ -29,7 +29,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAR = "a small red star on a white background"
 OPTIONS = {
     "format": "safetensors", "clip": "", "weights": "ema", "dtype": "float32", "compute": "", "prior": "",
-    "sampling": [], "vocabulary": "", "license": "", "shard_mb": 4096,
+    "sampling": [], "vocabulary": "", "license": "", "shard_mb": 4096, "parts": [], "pipeline": "unclip",
+    "target": "local",
 }  # fmt: skip
 
 

@@ -19,27 +19,34 @@ import datetime
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
 from unclip_jax import hosts, programs, provenance
-from unclip_jax.artifacts import components, folders, model_card, safetensors_files, stablehlo
+from unclip_jax.artifacts import (
+    components,
+    diffusers_folders,
+    folders,
+    karlo_configs,
+    model_card,
+    safetensors_files,
+    stablehlo,
+)
 from unclip_jax.artifacts.components import Component
 from unclip_jax.artifacts.folders import Folder
-from unclip_jax.errors import InputError
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.errors import InputError, nearest
 from unclip_jax.stopping import Stopping
 
 _LOG = logging.getLogger("unclip_jax.export")  # __name__ is "__main__" where this is the program
-FORMATS = ("safetensors", "stablehlo")
 # Flags that an export's manifest records, and --re_export takes from there.
 _RECORDED = (
-    "format", "workdir", "clip", "weights", "dtype", "compute", "prior", "sampling", "vocabulary", "license", "shard_mb"
+    "format", "workdir", "parts", "clip", "weights", "dtype", "compute", "prior", "sampling", "pipeline", "target",
+    "vocabulary", "license", "shard_mb",
 )  # fmt: skip
-# Those that its card states.
-_STATED = ("dtype", "weights")
 _FORMAT_VERSION = 1
 
 
@@ -47,14 +54,17 @@ def define_flags() -> None:
     """Defines the program's flags; only where it is the program, for others have flags of the same names."""
     flags.DEFINE_string("workdir", None, "Workdir of a training run, or a folder with those of several.")
     flags.DEFINE_string("out", None, "Folder to make; it must not exist, or be empty.")
-    flags.DEFINE_enum("format", "safetensors", FORMATS, "What to write.")
+    flags.DEFINE_enum("format", "safetensors", list(_WRITERS), "What to write.")
     flags.DEFINE_string("re_export", None, "Folder of an earlier export, whose options are taken.")
+    flags.DEFINE_list("parts", [], "The parts to export, such as clip,prior_diffusion; by default all that are there.")
     flags.DEFINE_string("clip", "", "Workdir of CLIP, in place of the one that the run's config names.")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "The moving average of the weights, or the last ones.")
     flags.DEFINE_enum("dtype", "float32", list(safetensors_files.DTYPES), "How weights are stored.")
     flags.DEFINE_enum("compute", "", ["", "float32", "bfloat16"], "stablehlo: type of products; '' as in the config.")
     flags.DEFINE_string("prior", "", "stablehlo: diffusion, ar, none (z_t in z_i's place) or dropped.")
     flags.DEFINE_multi_string("sampling", [], "stablehlo: an option of a part's sampler, as decoder.timesteps=27.")
+    flags.DEFINE_enum("pipeline", "unclip", diffusers_folders.PIPELINES, "diffusers: unCLIP's, or Kandinsky's prior.")
+    flags.DEFINE_enum("target", "local", list(diffusers_folders.TARGETS), "diffusers: where the folder is loaded from.")
     flags.DEFINE_string("vocabulary", "", "The vocabulary of the runs, where it has moved.")
     flags.DEFINE_string("license", "", "Identifier of the weights' licence, for the model card.")
     flags.DEFINE_integer("shard_mb", 4096, "Larger weights of a part are written as several files.", lower_bound=1)
@@ -81,7 +91,7 @@ def _recorded(options: Any) -> dict[str, Any]:
     return {name: record[name] if options[name].present else old.get(name, record[name]) for name in _RECORDED}
 
 
-def run(record: Mapping[str, Any], out: str, *, command: str, poll: Any) -> str:
+def run(record: Mapping[str, Any], out: str, *, command: str, poll: Callable[[], None]) -> str:
     """Makes one export; returns a sentence that says what it is.
 
     Args:
@@ -92,87 +102,95 @@ def run(record: Mapping[str, Any], out: str, *, command: str, poll: Any) -> str:
     """
     folders.check(out)
     license = model_card.check_license(record["license"])
-    compiled = record["format"] == "stablehlo"
-    where = components.find(record["workdir"], with_clip=compiled, clip=record["clip"])
+    kind = record["format"]
+    where = components.find(record["workdir"], with_clip=kind != "safetensors", clip=record["clip"])
+    where = _chosen(where, record["parts"])
     found = components.describe(where, sampling=sampling_options(record["sampling"]), dtype=record["compute"])
-    if compiled:  # what would fail after minutes of writing fails here
+    if kind == "stablehlo":  # what would fail after minutes of writing fails here
         stablehlo.functions(found, stablehlo.chain(found, prior=record["prior"]))
-    tokenizer = components.tokenizer(found, record["vocabulary"]) if compiled else None
+    elif kind == "diffusers":
+        diffusers_folders.check(found, pipeline=record["pipeline"])
+    tokenizer = components.tokenizer(found, record["vocabulary"]) if kind != "safetensors" else None
     about: dict[str, Any] = {
-        "format": record["format"],
+        "format": kind,
         "format_version": _FORMAT_VERSION,
         "built": _now().isoformat(timespec="seconds"),
         "versions": model_card.versions(),
         "record": {**record, "workdir": str(record["workdir"])},
         "parts": {name: {"workdir": one.workdir, "step": one.step} for name, one in found.items()},
     }
+    about["marks"] = provenance.marks(f"unclip_jax {about['versions']['unclip_jax']} (export)")
     with folders.writing(out) as folder:
-        files, counts, abstract, table = _write_weights(folder, found, record, poll)
-        about["weights"] = files
-        if compiled:
-            if tokenizer:
-                _write_vocabulary(folder, tokenizer)
-            expires = (_now() + stablehlo.LIFETIME).isoformat(timespec="seconds")
-            renewal = f"python -m unclip_jax.export --re_export={shlex.quote(out)} --out=NEW_FOLDER"
-            about |= {"expires": expires, "renewal": renewal}
-            about |= {"marks": provenance.marks(f"unclip_jax {about['versions']['unclip_jax']} (export)")}
-            about |= stablehlo.write(folder, found, abstract, prior=record["prior"], poll=poll)
-        folder.json("names.json", table)
+        about, counts = _WRITERS[kind](folder, found, tokenizer, about, out, poll)
         folder.json(model_card.TRAINING, model_card.training(found))
         folder.manifest(about)
         card = model_card.render(
-            found, counts=counts, files=files, format=record["format"],
-            title=f"{' + '.join(found)} of unCLIP",
-            purpose=_PURPOSES[record["format"]],
-            usage=_usage(about),
-            record={**about, **{key: record[key] for key in _STATED}, "license": license, "command": command},
+            found, about, counts, license=license, command=command,
+            limits=karlo_configs.notes(found) if kind == "diffusers" else (),
         )  # fmt: skip
         (folder.path / model_card.CARD).write_text(card, encoding="utf-8")
     size = sum(file["bytes"] for file in folder.files.values())
-    return f"{out} holds {', '.join(found)} as {record['format']}, {size / 1e6:,.1f} MB in {len(folder.files)} files"
+    return f"{out} holds {', '.join(found)} as {kind}, {size / 1e6:,.1f} MB in {len(folder.files)} files"
 
 
-_PURPOSES = {
-    "safetensors": (
-        "The weights of a DALL-E 2 (unCLIP, Ramesh et al., 2022) or of a part of it, trained with unclip_jax. "
-        "`names.json` says what each tensor is."
-    ),
-    "stablehlo": (
-        "A DALL-E 2 (unCLIP, Ramesh et al., 2022) or a part of it, trained with unclip_jax, as compiled functions with "
-        "their weights beside them. One file of each holds code for TPUs, CUDA GPUs and CPUs, for any number of images "
-        "at once."
-    ),
-}
+def _chosen(where: Mapping[str, str], parts: Sequence[str]) -> dict[str, str]:
+    for name in parts:
+        if name not in where:
+            raise InputError(f"--parts names {name!r}, which is not there; {nearest(name, where)}")
+    return {name: folder for name, folder in where.items() if name in parts or not parts}
 
 
-def _usage(about: Mapping[str, Any]) -> str:
-    """Returns how to use an export, as Markdown."""
-    if about["format"] == "safetensors":
-        return (
-            "Linear weights are [in, out], convolutions [height, width, in, out], and blocks that repeat are stacked "
-            "along the first axis."
-        )
-    run_it = "`pip install jax flatbuffers` is all it needs. `run.py` checks every file's SHA-256 before it uses any."
-    if about["chain"]:
-        run_it += '\n\n    python run.py "a small red star on a white background" --out=star.png --seed=0'
-    return run_it + "\n\nFunctions: " + ", ".join(f"`{name}`" for name in about["functions"]) + ". See `manifest.json`."
+# Writers of the formats. Each returns what the manifest says, and part -> number of parameters.
 
 
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
+def _safetensors(
+    folder: Folder, found: Mapping[str, Component], tokenizer: Tokenizer | None, about: dict[str, Any], out: str,
+    poll: Callable[[], None],
+) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
+    del tokenizer, out
+    files, counts, _ = _write_weights(folder, found, about["record"], poll)
+    return {**about, "weights": files}, counts
 
 
-def _write_weights(folder: Folder, found: Mapping[str, Component], record: Mapping[str, Any], poll: Any):
-    """Writes each part's weights, one in memory at a time.
+def _stablehlo(
+    folder: Folder, found: Mapping[str, Component], tokenizer: Tokenizer | None, about: dict[str, Any], out: str,
+    poll: Callable[[], None],
+) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
+    files, counts, abstract = _write_weights(folder, found, about["record"], poll)
+    for name, content in tokenizer.files().items() if tokenizer else ():
+        folder.text(name, content)
+    expires = (_now() + stablehlo.LIFETIME).isoformat(timespec="seconds")
+    renewal = f"python -m unclip_jax.export --re_export={shlex.quote(out)} --out=NEW_FOLDER"
+    compiled = stablehlo.write(folder, found, abstract, prior=about["record"]["prior"], poll=poll)
+    return {**about, "weights": files, "expires": expires, "renewal": renewal, **compiled}, counts
+
+
+def _diffusers(
+    folder: Folder, found: Mapping[str, Component], tokenizer: Tokenizer | None, about: dict[str, Any], out: str,
+    poll: Callable[[], None],
+) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
+    del out
+    assert tokenizer is not None  # CLIP is among the parts
+    options = {key: about["record"][key] for key in ("pipeline", "target", "weights", "dtype")}
+    files, counts = diffusers_folders.write(folder, found, tokenizer, **options, poll=poll)
+    return {**about, "weights": files}, counts
+
+
+_WRITERS = {"safetensors": _safetensors, "stablehlo": _stablehlo, "diffusers": _diffusers}
+
+
+def _write_weights(
+    folder: Folder, found: Mapping[str, Component], record: Mapping[str, Any], poll: Callable[[], None]
+) -> tuple[dict[str, list[str]], dict[str, int], dict[str, Any]]:
+    """Writes each part's weights, one in memory at a time, and the table of their names.
 
     Returns:
-      part -> names of its files; part -> number of parameters; part -> name -> shape and type as it was written; and
-      the table of names.
+      part -> names of its files; part -> number of parameters; part -> name -> shape and type as it was written.
     """
     files, counts, abstract, table = {}, {}, {}, {}
     for name, one in found.items():
         poll()
-        tensors = components.read(one, weights=record["weights"])
+        tensors = components.tensors(components.load(one, weights=record["weights"]))
         counts[name] = model_card.parameters(tensors)
         table[name] = {
             key: {"path": key.split("."), "shape": list(x.shape), "trained_as": x.dtype.name}
@@ -185,16 +203,12 @@ def _write_weights(folder: Folder, found: Mapping[str, Component], record: Mappi
         )
         _LOG.info("%s: step %d of %s, %d parameters", name, one.step, one.workdir, counts[name])
         del tensors, stored
-    return files, counts, abstract, table
+    folder.json("names.json", table)
+    return files, counts, abstract
 
 
-def _write_vocabulary(folder: Folder, tokenizer: Any) -> None:
-    tokenizer.save(folder.path)
-    for name in ("vocab.json", "merges.txt"):
-        content = (folder.path / name).read_bytes()
-        (folder.path / name).unlink()
-        with folder.file(name) as put:
-            put(content)
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -139,10 +139,8 @@ def as_part(one: Component) -> Part:
     return Part(one.name, one.workdir, one.stage, one.config, None, None, one.step)
 
 
-def read(component: Component, *, weights: str) -> dict[str, Tensor]:
-    """Returns name -> array of a component's weights and statistics, which are in memory from then on.
-
-    Names are the tree's keys joined by dots: "params.…", flax's, and "statistics.…", what was measured of the data.
+def load(component: Component, *, weights: str) -> Part:
+    """Returns a component with its weights and statistics in memory.
 
     Raises:
       InputError: no whole checkpoint.
@@ -155,6 +153,14 @@ def read(component: Component, *, weights: str) -> dict[str, Tensor]:
             f"step {component.step} of {component.workdir} is damaged, step {part.step} is whole: move "
             f"{component.workdir}/{checkpoint.FOLDER}/{component.step} away to export that one"
         )
+    return part
+
+
+def tensors(part: Part) -> dict[str, Tensor]:
+    """Returns name -> array of a part's weights and statistics.
+
+    Names are the tree's keys joined by dots: "params.…", flax's, and "statistics.…", what was measured of the data.
+    """
     flat = names.flattened({**part.params, **({"statistics": part.statistics} if part.statistics else {})})
     return {path.replace("/", "."): _tensor(leaf) for path, leaf in flat.items()}
 
@@ -164,7 +170,7 @@ def _tensor(leaf: Any) -> Tensor:
 
 
 def unflattened(flat: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Returns the params and the statistics whose names and arrays `read` gave."""
+    """Returns the params and the statistics whose names and arrays `tensors` gave."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *sections, last = name.split(".")

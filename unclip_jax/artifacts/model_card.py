@@ -71,25 +71,21 @@ def training(components: Mapping[str, Component]) -> dict[str, Any]:
 
 def render(
     components: Mapping[str, Component],
-    *,
+    about: Mapping[str, Any],
     counts: Mapping[str, int],
-    files: Mapping[str, Sequence[str]],
-    format: str,
-    title: str,
-    purpose: str,
-    usage: str,
-    record: Mapping[str, Any],
+    *,
+    license: str,
+    command: str,
     limits: Sequence[str] = (),
 ) -> str:
     """Returns the card as Markdown, with the front matter that the Hugging Face Hub reads.
 
     Args:
       components: the parts.
+      about: what the export's manifest says.
       counts: part -> number of parameters.
-      files: part -> names of the files that hold its weights.
-      format: of the export.
-      title, purpose, usage: what it is, in a few words, in a few sentences, and how to use it.
-      record: license, weights, dtype, command, built, versions, and for what expires expires and renewal.
+      license: an identifier.
+      command: that made the export.
       limits: known of this model besides those of any unCLIP.
     """
     parts = [
@@ -99,7 +95,7 @@ def render(
             "parameters": counts[name],
             "step": one.step,
             "batch_size": one.config.get("batch_size", "?"),
-            "weights": ", ".join(f"`{file}`" for file in files[name]),
+            "weights": ", ".join(f"`{file}`" for file in about["weights"][name]),
             "dataset": _data_set(one),
             "data": json.dumps(one.data, sort_keys=True) if one.data else "",
         }
@@ -109,19 +105,94 @@ def render(
         loader=jinja2.PackageLoader("unclip_jax"), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    said = {
-        **record,
-        "weights": {"ema": "the moving average of training's", "params": "training's last"}[record["weights"]],
-        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        "expires": record.get("expires", ""),
-        "renewal": record.get("renewal", ""),
-    }
-    rows = [row for one in components.values() for row in results(one)]
+    record = about["record"]
     return environment.get_template("model_card.md.jinja").render(
-        said, parts=parts, results=rows, format=format, title=title, purpose=purpose, usage=usage, limits=limits,
-        library="diffusers" if format == "diffusers" else "jax",
+        title=f"{' + '.join(components)} of unCLIP",
+        format=about["format"],
+        purpose=_PURPOSES[about["format"]],
+        usage=_usage(components, about),
+        parts=parts,
+        results=[row for one in components.values() for row in results(one)],
+        limits=limits,
+        license=license,
+        command=command,
+        built=about["built"],
+        expires=about.get("expires", ""),
+        renewal=about.get("renewal", ""),
+        versions=", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        weights={"ema": "the moving average of training's", "params": "training's last"}[record["weights"]],
+        dtype=record["dtype"],
+        library="diffusers" if about["format"] == "diffusers" else "jax",
         pipeline_tag="text-to-image" if "decoder" in components else "feature-extraction",
-    )  # fmt: skip
+    )
+
+
+_WHAT = "A DALL-E 2 (unCLIP, Ramesh et al., 2022) or a part of it, trained with unclip_jax"
+_PURPOSES = {
+    "safetensors": f"{_WHAT}: its weights. `names.json` says what each tensor is.",
+    "stablehlo": (
+        f"{_WHAT}, as compiled functions with their weights beside them. One file of each function holds code for "
+        "TPUs, CUDA GPUs and CPUs, for any number of images at once."
+    ),
+    "diffusers": f"{_WHAT}, as diffusers' pipelines load it.",
+}
+
+
+def _usage(components: Mapping[str, Component], about: Mapping[str, Any]) -> str:
+    """Returns how to use an export, as Markdown."""
+    if about["format"] == "safetensors":
+        return (
+            "Linear weights are [in, out], convolutions [height, width, in, out], and blocks that repeat are stacked "
+            "along the first axis."
+        )
+    if about["format"] == "diffusers":
+        return _diffusers_usage(components, about["record"])
+    said = "`pip install jax flatbuffers` is all it needs. `run.py` checks every file's SHA-256 before it uses any."
+    if about["chain"]:
+        said += '\n\n    python run.py "a small red star on a white background" --out=star.png --seed=0'
+    return said + "\n\nFunctions: " + ", ".join(f"`{name}`" for name in about["functions"]) + ". See `manifest.json`."
+
+
+def _diffusers_usage(components: Mapping[str, Component], record: Mapping[str, Any]) -> str:
+    variant = {"float16": ', variant="fp16"', "bfloat16": ', variant="bf16"'}.get(record["dtype"], "")
+    trust = ", trust_remote_code=True" if record["target"] == "hub" else ""
+    if record["pipeline"] == "kandinsky_prior":
+        steps = _calls(components, {"prior_diffusion": ("num_inference_steps", "guidance_scale")})
+        return (
+            f"    from diffusers import KandinskyV22PriorPipeline\n"
+            f'    pipeline = KandinskyV22PriorPipeline.from_pretrained("FOLDER"{variant})\n'
+            f'    z_i = pipeline("a small red star on a white background"{steps}).image_embeds'
+        )
+    stages = {
+        "prior_diffusion": ("prior_num_inference_steps", "prior_guidance_scale"),
+        "decoder": ("decoder_num_inference_steps", "decoder_guidance_scale"),
+        "upsampler_1": ("super_res_num_inference_steps", ""),
+    }
+    lines = []
+    if "prior_diffusion" in components:
+        lines += [
+            "    from diffusers import UnCLIPPipeline",
+            f'    pipeline = UnCLIPPipeline.from_pretrained("FOLDER"{variant}{trust})',
+            f'    image = pipeline("a small red star on a white background"{_calls(components, stages)}).images[0]',
+        ]
+    if components["clip"].config.model.get("image_tower", True):
+        of_images = {name: words for name, words in stages.items() if name != "prior_diffusion"}
+        lines += [
+            "    from diffusers import UnCLIPImageVariationPipeline",
+            f'    pipeline = UnCLIPImageVariationPipeline.from_pretrained("FOLDER"{variant}{trust})',
+            f"    image = pipeline(picture{_calls(components, of_images)}).images[0]",
+        ]
+    return "\n".join(lines)
+
+
+def _calls(components: Mapping[str, Component], stages: Mapping[str, tuple[str, str]]) -> str:
+    """The arguments of a pipeline with which it samples as the runs' configs say."""
+    said = ""
+    for name, (steps, scale) in stages.items():
+        sampling = components[name].config.sampling
+        said += f", {steps}={sampling.timesteps}" if sampling.timesteps.isdigit() else ""
+        said += f", {scale}={sampling.guidance_scale:g}" if scale else ""
+    return said
 
 
 def _data_set(component: Component) -> str:

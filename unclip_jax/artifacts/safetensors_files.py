@@ -74,7 +74,8 @@ def write(
         kind = _NAMES[tensors[key].dtype]
         header[key] = {"dtype": kind, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # Numbers begin at a multiple of 64: readers map the file, and vector units round otherwise where arrays lie askew.
+    text += b" " * (-(len(text) + 8) % 64)
     with folder.file(name) as put:
         put(len(text).to_bytes(8, "little"))
         put(text)

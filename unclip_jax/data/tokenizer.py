@@ -132,12 +132,16 @@ class Tokenizer:
         # and so fails ("already borrowed") when loader threads share it.
         return [encoded.ids for encoded in self._backend.encode_batch_fast(cleaned, add_special_tokens=False)]
 
-    def save(self, folder: pathlib.Path) -> None:
-        """Writes `vocab.json` and `merges.txt`, which make the same tokenizer again."""
+    def files(self) -> dict[str, str]:
+        """Returns name -> content of the files that make the same tokenizer again, `vocab.json` and `merges.txt`."""
         symbols, merges = _read(_folder(self._vocabulary))
-        (folder / "vocab.json").write_text(json.dumps(symbols, ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        return {"vocab.json": json.dumps(symbols, ensure_ascii=False), "merges.txt": "\n".join(lines)}
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes these files into a folder."""
+        for name, content in self.files().items():
+            (folder / name).write_text(content, encoding="utf-8")
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         # Loader processes read and check the vocabulary themselves.
