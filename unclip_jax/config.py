@@ -84,6 +84,7 @@ RULES: dict[str, Any] = {
     "unet": _UNET,
     "clip": _CLIP,
     "text": _TEXT_ENCODER,  # of an upsampler that reads captions
+    "inpaint": SWITCH,
     "low_res_size": SIZE,
     "enlarge": TEXT,
     "round_pixels": SWITCH,

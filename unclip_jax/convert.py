@@ -11,7 +11,7 @@ The workdir is then that of a run at step 0, which `generate`, `train`, `evaluat
                     with the sub-folders of both
     karlo_original  a folder with the files that Kakao Brain published              of all its networks
     kandinsky_prior a folder of KandinskyPriorPipeline or KandinskyV22PriorPipeline  of its CLIP and its prior
-    glide           base.pt or upsample.pt, and --vocabulary                        of a decoder or an upsampler
+    glide           base.pt, upsample.pt, or those for inpainting; --vocabulary     of a decoder or an upsampler
 
 To go on training, name the config that is there and what is to differ, beside the data:
 

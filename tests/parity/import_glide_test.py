@@ -110,6 +110,51 @@ def test_the_chain_draws_what_theirs_draws(tmp_path, vocabulary, monkeypatch):
         assert wanted.std() > 20 and np.mean((wanted > 0) & (wanted < 255)) > 0.01, "images that say nothing"
 
 
+@pytest.mark.parametrize("name, sizes", [("decoder", BASE), ("upsampler_1", UPSAMPLER)])
+def test_inpainting_is_theirs(tmp_path, vocabulary, monkeypatch, name, sizes):
+    """Known pixels come back as they are; the network reads them and the mask between the noise and the small image."""
+    monkeypatch.setattr(glide, "_ATTENDS_FROM", 8)
+    arrays = glide_oracle.random_weights(**sizes | {"in_channels": sizes["in_channels"] + 4}, seed=5)
+    arrays["out.2.weight"] *= 0.2
+    torch.save({key: torch.tensor(array) for key, array in arrays.items()}, tmp_path / "x.pt")
+    request = formats.Request("glide", str(tmp_path / "x.pt"), vocabulary=str(vocabulary))
+    convert.convert(request, str(tmp_path / "models" / name))
+    sampling = {"timesteps": "2", **({"guidance_scale": 1.0} if name == "decoder" else {})}
+    model = unclip.UnCLIP.load(str(tmp_path / "models"), sampling={name: sampling})
+    stage = model.parts[name].stage
+    side, rng = stage.side, np.random.default_rng(1)
+    known = rng.integers(0, 256, (1, side, side, 3), np.uint8)
+    mask = np.zeros((1, side, side), np.uint8)
+    mask[:, 1:5, 2:] = 1
+    fields = {"known": known, "known_mask": mask, "tokens": Tokenizer(str(vocabulary)).encode(CAPTIONS[:1], LENGTH)}
+    small = rng.integers(0, 256, (1, side // 4, side // 4, 3), np.uint8)
+    if name == "upsampler_1":
+        fields["low_res"] = small
+    x_T, steps = (array.astype(np.float32) for array in noise(rng, side, 1))
+    made = model.predictor.run(name, "sample", fields, noise={name: (x_T, steps)})
+
+    weights = {key: torch.tensor(w).double() for key, w in arrays.items()}
+    caption = glide_oracle.read(weights, WORDS[:1])
+    there = torch.tensor(mask).double()[:, None]
+    part = theirs(known / 127.5 - 1) * there
+    enlarged = torch.nn.functional.interpolate(theirs(small / 127.5 - 1), (side, side), mode="bilinear")
+    above = [enlarged] if name == "upsampler_1" else []
+
+    def predict(x, t):
+        read, time = torch.cat([x, part, there, *above], 1), torch.tensor([float(t)]).double()
+        out = glide_oracle.unet(weights, read, time, caption)
+        eps, bar = out[:, :3], glide_oracle.alpha_bars(schedule)[t]
+        # The eps of the x_start that it would be with what is known put back.
+        kept = torch.where(there > 0, part, (x - np.sqrt(1 - bar) * eps) / np.sqrt(bar))
+        return (x - np.sqrt(bar) * kept) / np.sqrt(1 - bar), out[:, 3:]
+
+    schedule, temperature = ("linear", 0.997) if above else ("cosine", 1.0)
+    start, drawn = temperature * theirs(x_T), theirs(steps).transpose(0, 1)
+    wanted = pixels(glide_oracle.sample(predict, start, drawn, timesteps=[999, 0], schedule=schedule))
+    assert np.abs(made - wanted).max() <= 1
+    assert np.array_equal(made[mask > 0], known[mask > 0]) and not np.array_equal(made[mask == 0], known[mask == 0])
+
+
 def test_names_go_back_as_they_came():
     arrays = glide_oracle.random_weights(**BASE, seed=0)
     state = {name: tensors.Tensor.of(array) for name, array in arrays.items()}

@@ -2,7 +2,7 @@
 
 Sizes are read off the weights. What weights do not tell is as in glide_text2im/model_creation.py and the notebooks:
 attention from 32 pixels on, heads of 64, cosine schedule and 100 steps with guidance 3 for the base, linear schedule
-and 27 steps of DDIM at temperature 0.997 for the upsampler.
+and 27 steps at temperature 0.997 for the upsampler, by DDIM, or for inpainting ancestral ones.
 """
 
 import re
@@ -24,7 +24,7 @@ _KINDS = {3: (False, False), 6: (True, False), 7: (False, True), 10: (True, True
 
 
 def glide(request: Request) -> Iterator[tuple[str, workdirs.Imported]]:
-    """One of GLIDE's files, base.pt or upsample.pt."""
+    """One of GLIDE's files: base.pt, upsample.pt, or those for inpainting."""
     request.check_options()
     state = tensors.open_tensors(request.path)
     unet, text = unet_fields(state), text_fields(state)
@@ -34,10 +34,11 @@ def glide(request: Request) -> Iterator[tuple[str, workdirs.Imported]]:
             f"{', '.join(map(str, _KINDS))}"
         )
     upsamples, inpaints = _KINDS[unet["in_channels"]]
-    if inpaints:
-        raise InputError(f"{request.path} is one of GLIDE's for inpainting, which is not there yet")
     config = _upsampler(request, unet, text) if upsamples else _base(request, unet, text)
     config.data.vocabulary = request.vocabulary
+    if inpaints:
+        config.inpaint = True
+        config.sampling.method = "ddpm"
     network = Decoder(unet=unet, text=text, embed_dim=0, clip_tokens=0)
     table = glide_tables.glide(network)
     yield "upsampler_1" if upsamples else "decoder", formats.network(config, table, state, request)

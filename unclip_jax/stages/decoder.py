@@ -18,7 +18,7 @@ from unclip_jax.diffusion.guidance import check_negative, classifier_free
 from unclip_jax.errors import InputError
 from unclip_jax.models.captions import EncodedCaption, empty_caption, valid_tokens
 from unclip_jax.models.decoder import Decoder
-from unclip_jax.stages import base, denoising
+from unclip_jax.stages import base, denoising, inpainting
 
 
 class DecoderStage:
@@ -28,7 +28,8 @@ class DecoderStage:
     in the field `z_i`. Two fields of "sample" are optional: without `z_i` the embedding is dropped, as in training;
     `negative_tokens`, and `negative_z_t` if it reads text embeddings, are what guidance steers away from. Noise may be
     given, see `base.noise`. With `config.round_pixels` False "pixels" is there too: "sample" before it is rounded to
-    8 bits, which diffusers' pipelines never do between their stages.
+    8 bits, which diffusers' pipelines never do between their stages. With `config.inpaint` "sample" may be given a part
+    of the image, see `inpainting.given`.
     """
 
     splits_batch = True
@@ -39,7 +40,8 @@ class DecoderStage:
         self.sampling = config.sampling
         self.sampler = denoising.sampler(self.diffusion, config.sampling)
         self.drop = config.drop
-        self.side = config.model.unet.image_size
+        self.side, self.inpaints = config.model.unet.image_size, config.get("inpaint", False)
+        inpainting.check(config.model.unet.get("in_channels", 3), 3, inpaints=self.inpaints)
         self.embed_dim = config.model.embed_dim
         self.condition = config.get("condition", "image")
         if self.condition not in ("image", "text"):
@@ -101,7 +103,7 @@ class DecoderStage:
         return {"loss": spec, "sample": sample, "reconstruct": reconstruct, **exact}
 
     def init(self, rng: jax.Array) -> base.Params:
-        image = jnp.zeros((1, self.side, self.side, 3))
+        image = jnp.zeros((1, self.side, self.side, 3 + inpainting.CHANNELS * self.inpaints))
         caption: Any = jnp.zeros((1, self.context_length), jnp.int32) if self.context_length else None
         z_i, z_t = jnp.zeros((1, self.embed_dim)) if self.embed_dim else None, None
         if self.clip_reads:
@@ -144,10 +146,12 @@ class DecoderStage:
         drop_text, drop_clip = base.drop(text_rng, self.drop.text, n), base.drop(clip_rng, self.drop.clip, n)
         caption, drop_text, z_t = self._caption(frozen, batch.get("tokens"), drop_text)
 
+        known = inpainting.erased(jax.random.fold_in(rng, 3), x_start) if self.inpaints else None
+
         def denoise(x_t, t):
             return self.network.apply(
                 params,
-                x_t,
+                x_t if known is None else known.beside(x_t),
                 t,
                 caption,
                 z_i,
@@ -171,6 +175,7 @@ class DecoderStage:
         negative_tokens: Tokens | None = None,
         negative_z_t: Embeddings | None = None,
         x_T: Float[Array, "b s s 3"] | None = None,
+        known: inpainting.Known | None = None,
     ) -> Float[Array, "b s s 3"]:
         """Returns float images in [-1, 1] from embeddings and captions; of these, None is one that is dropped.
 
@@ -184,6 +189,7 @@ class DecoderStage:
           negative_z_t: their embeddings, in place of the null one; for a decoder that reads text embeddings. Of an
             image there is none: what the negative caption would look like is for a prior to say.
           x_T: initial noise, by default that of the keys.
+          known: a part of the images, for a decoder that draws the rest; by default, to one, nothing is known.
 
         Raises:
           InputError: a negative prompt, but guidance_scale 1.
@@ -203,14 +209,19 @@ class DecoderStage:
             return self.network.apply(params, x_t, t, conditioning, method="denoise")
 
         shape = (self.side, self.side, 3)
-        return self.sampler(
-            classifier_free(
-                denoise,
-                condition(tokens, z_i),
-                condition(negative_tokens, negative_z_t),
-                scale=self.sampling.guidance_scale,
-                guided_channels=3,
-            ),
+        guided = classifier_free(
+            denoise,
+            condition(tokens, z_i),
+            condition(negative_tokens, negative_z_t),
+            scale=self.sampling.guidance_scale,
+            guided_channels=3,
+        )
+        sampler = self.sampler
+        if self.inpaints:
+            part = inpainting.given({}, n, self.side) if known is None else known
+            sampler = part.keeping(sampler)
+        return sampler(
+            (lambda x_t, t: guided(part.beside(x_t), t)) if self.inpaints else guided,
             samplers.initial_noise(keys, shape) if x_T is None else x_T,
             keys,
         )
@@ -228,6 +239,7 @@ class DecoderStage:
                 base.noise(rng, batch),
                 negative_tokens=batch.get("negative_tokens"),
                 negative_z_t=batch.get("negative_z_t"),
+                known=inpainting.given(batch, len(batch["id"]), self.side) if self.inpaints else None,
             )
             return jnp.clip(images, -1, 1)
 

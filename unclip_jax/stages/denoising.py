@@ -39,7 +39,7 @@ def sampler(
     *,
     thresholds: Sequence[str] = THRESHOLDS,
     measures_variance: bool = False,
-) -> Callable[..., Array]:
+) -> "functools.partial[Array]":
     """Returns `samplers.sample` as `config.sampling` sets it: a function of (denoise_fn, x_T, keys).
 
     For a stage whose variance is measured it takes `x_start_variance` besides.

@@ -22,7 +22,7 @@ from unclip_jax.diffusion import samplers
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.stages import base, denoising
+from unclip_jax.stages import base, denoising, inpainting
 
 # How the smaller image is enlarged, and JAX's name of it. Enlarged by JAX's, bicubic is PyTorch's with antialiasing.
 ENLARGE = {"bilinear": "linear", "bicubic": "cubic"}
@@ -47,6 +47,8 @@ class UpsamplerStage:
         if text:
             fields = {"unet": config.unet.to_dict(), "text": text.to_dict(), "embed_dim": 0, "clip_tokens": 0}
             self.network = base.network(Decoder, fields, dtype, where="config")
+        self.inpaints = config.get("inpaint", False)
+        inpainting.check(config.unet.get("in_channels", 3), 6, inpaints=self.inpaints)
         self.diffusion = denoising.process(config.diffusion)
         self.temperature = config.sampling.temperature
         self.sampler = denoising.sampler(self.diffusion, config.sampling)
@@ -94,7 +96,8 @@ class UpsamplerStage:
         return {"loss": self.batch_spec(batch_size), "sample": sample, "reconstruct": reconstruct}
 
     def init(self, rng: jax.Array) -> base.Params:
-        x, t = jnp.zeros((1, self.crop, self.crop, 6)), jnp.zeros((1,), jnp.int32)
+        channels = 6 + inpainting.CHANNELS * self.inpaints
+        x, t = jnp.zeros((1, self.crop, self.crop, channels)), jnp.zeros((1,), jnp.int32)
         if not self.context_length:
             return self.network.init(rng, x, t)
         return self.network.init(rng, x, t, jnp.zeros((1, self.context_length), jnp.int32), None)
@@ -117,8 +120,10 @@ class UpsamplerStage:
         x_start = from_uint8(batch["image"])
         enlarged = self._enlarged(batch["low_res"])
 
+        known = inpainting.erased(jax.random.fold_in(rng, 3), x_start) if self.inpaints else None
+
         def denoise(x_t, t):
-            x = jnp.concatenate([x_t, enlarged], -1)
+            x = jnp.concatenate([x_t if known is None else known.beside(x_t), enlarged], -1)
             rngs = {"dropout": dropout_rng}
             if not self.context_length:
                 return self.network.apply(params, x, t, deterministic=not train, rngs=rngs)
@@ -134,6 +139,7 @@ class UpsamplerStage:
         *,
         tokens: Tokens | None = None,
         last: base.Params | None = None,
+        known: inpainting.Known | None = None,
     ) -> Float[Array, "b h2 w2 3"]:
         """Returns float images in [-1, 1] from low-resolution images of any size.
 
@@ -143,18 +149,24 @@ class UpsamplerStage:
           keys: one per example, or the noise itself.
           tokens: captions, where it reads any.
           last: weights of the network that takes the last steps, where `sampling.last_steps` says that there is one.
+          known: a part of the images, for an upsampler that draws the rest of them, too.
         """
         enlarged = self._enlarged(low_res)
         of_first, of_last = (None if p is None else self._call(p, self._read(p, tokens)) for p in (params, last))
 
+        sampler = self.sampler
+        if self.inpaints:
+            part = inpainting.given({}, len(enlarged), self.side) if known is None else known
+            sampler = part.keeping(sampler)
+
         def denoise(x_t, t):
-            x = jnp.concatenate([x_t, enlarged], -1)
+            x = jnp.concatenate([part.beside(x_t) if self.inpaints else x_t, enlarged], -1)
             if of_last is None:
                 return of_first(x, t)
             # All examples are at one timestep, so one of the two networks runs.
             return jax.lax.cond(t[0] <= self.last_t, of_last, of_first, x, t)
 
-        return self.sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
+        return sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
 
     def _read(self, params: base.Params, tokens: Tokens | None, rng: jax.Array | None = None) -> Any:
         """What the network reads of captions at every timestep, if it reads any; with a key some are dropped."""
@@ -177,7 +189,8 @@ class UpsamplerStage:
         def sample(params, frozen, batch, rng):
             last = frozen["last"] if self.last_steps else None
             noise = base.noise(rng, batch)
-            images = self.sample(params, batch["low_res"], noise, tokens=batch.get("tokens"), last=last)
+            known = inpainting.given(batch, len(batch["id"]), self.side) if self.inpaints else None
+            images = self.sample(params, batch["low_res"], noise, tokens=batch.get("tokens"), last=last, known=known)
             return to_uint8(images)
 
         return {"loss": loss, "sample": sample, "reconstruct": sample}
