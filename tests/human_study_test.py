@@ -328,7 +328,7 @@ def test_elo_of_two_models_in_closed_form():
 
 
 def test_elo_of_several_models_by_another_optimiser():
-    """Zermelo's fixed-point iteration for the same likelihood, and GLIDE's formula as it is written."""
+    """Zermelo's fixed-point iteration for the same likelihood, and GLIDE's sum written out."""
     wins = np.random.default_rng(0).integers(1, 40, (5, 5)).astype(float)
     wins[0, 3] = wins[3, 0] = 0  # never compared with one another
     found = elo.ratings(wins, list("abcde"))

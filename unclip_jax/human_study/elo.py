@@ -1,4 +1,8 @@
-"""Elo ratings of models by maximum likelihood, as GLIDE (arXiv 2112.10741) computes them in its appendix A.1."""
+"""Elo ratings of models by maximum likelihood, as GLIDE (arXiv 2112.10741) computes them in its appendix A.1.
+
+The exponent printed there has the other sign, by which whoever wins would be rated lower. GLIDE begins at zero for all
+and descends, which keeps the mean at zero, as here.
+"""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +27,7 @@ def ratings(wins: Float[np.ndarray, "n n"], names: Sequence[str]) -> Float[np.nd
       names: of the models, for messages.
 
     Returns:
-      Ratings in Elo's points. They depend on differences alone, so the mean is a choice.
+      Ratings in Elo's points; the likelihood depends on their differences alone.
 
     Raises:
       InputError: no finite ratings are the most likely (see `unbounded`).
