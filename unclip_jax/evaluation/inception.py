@@ -116,7 +116,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], *, where: str = "the weights
       where: what messages call them.
 
     Raises:
-      InputError: a tensor is missing, is none of the network's, or has another shape or type; all are named.
+      InputError: a tensor is missing, is none of the network's, or has another shape or type; the first five are named.
     """
     wanted = shapes()
     names = {name for name in tensors if not name.endswith("num_batches_tracked")}
