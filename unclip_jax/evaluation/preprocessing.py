@@ -49,7 +49,8 @@ def lanczos_crop(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarr
 def squeeze(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """MLPerf's resizing for Stable Diffusion: the whole image to a square, whatever its shape, by BICUBIC.
 
-    That is Pillow's default; which filter their script names was not looked up. Its authors keep the results as JPEG files: `through_jpeg`.
+    That is Pillow's default; which filter their script names was not looked up. They keep the results as JPEG files:
+    `through_jpeg`.
     """
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
