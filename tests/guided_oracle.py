@@ -68,6 +68,7 @@ def attention(state: State, x: torch.Tensor, context: torch.Tensor | None, seen:
         kv = F.conv1d(context.transpose(1, 2), state["encoder_kv.weight"], state["encoder_kv.bias"])
         more_k, more_v = kv.reshape(b, c // 64, 2, 64, -1).unbind(2)
         k, v = torch.cat([more_k, k], -1), torch.cat([more_v, v], -1)
+        seen = torch.ones(b, context.shape[1], dtype=torch.bool) if seen is None else seen
         hidden = torch.cat([torch.where(seen, 0.0, -torch.inf)[:, None, None], hidden], -1)
     logits = torch.einsum("bhkn,bhkm->bhnm", q, k) / 8 + hidden
     y = torch.einsum("bhnm,bhkm->bhkn", logits.softmax(-1), v).reshape(b, c, -1)
