@@ -318,7 +318,7 @@ def test_a_checkpoint_without_a_moving_average_is_refused(folder, tmp_path):
     meta = ocp.JsonCheckpointHandler().restore(where / "meta")
     shutil.rmtree(where / "ema")
     del meta["digest"], meta["arrays"]["ema"]
-    meta["digest"] = checkpoint._meta_digest(meta)
+    meta["digest"] = checkpoint.meta_digest(meta)
     (where / "meta" / "metadata").write_text(json.dumps(meta))
     folders = {"upsampler_1": str(tmp_path / "upsampler_1")}
     with pytest.raises(InputError, match="has no moving average of weights; --weights=params takes the last"):

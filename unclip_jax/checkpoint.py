@@ -6,7 +6,7 @@ renaming its folder but neither notices flipped bits nor looks inside the folder
 verifies the digests and falls back to the newest step that is whole.
 
 Statistics of weights (`state.OF_WEIGHTS`) are measured on a step that was saved before: `replace_statistics` puts them
-there. A step without them has zeros. So has one without `rest`, as `save_weights` makes it: there optimizers begin.
+there. A step without them has zeros. So has one without `rest`, as imports make it: there optimizers begin.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class Checkpointer:
             **({"temporary": True} if temporary else {}),
             **(extra or {}),
         }
-        meta["digest"] = _meta_digest(meta)
+        meta["digest"] = meta_digest(meta)
         self._keeping.note(step, temporary=temporary)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
@@ -248,28 +248,6 @@ def load(
     raise InputError(f"no checkpoint in {directory} is whole (tried {steps if step is None else [step]})")
 
 
-def save_weights(
-    workdir: epath.PathLike, params: Any, statistics: Any, *, config: ConfigDict, extra: Mapping[str, Any]
-) -> None:
-    """Saves weights that were trained elsewhere as step 0 of a new run: they are their own moving average.
-
-    Args:
-      workdir: of the run, without checkpoints.
-      params, statistics: as in a state; NumPy arrays will do, and are not copied all at once.
-      config: what they are weights of.
-      extra: more JSON for `meta`: `data`, what they were trained on, and where they are from.
-    """
-    items = {"params": params, **({"statistics": statistics} if jax.tree.leaves(statistics) else {})}
-    arrays = {name: digests.described(tree) for name, tree in items.items()}
-    arrays["ema"] = arrays["params"]
-    meta = {"step": 0, "config": config.to_dict(), "arrays": arrays, "items": {"ema": "params"}, **extra}
-    meta["digest"] = _meta_digest(meta)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
-    with ocp.CheckpointManager(absolute(workdir) / FOLDER, options=options) as manager:
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        manager.save(0, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
-
-
 def replace_statistics(
     workdir: epath.PathLike, step: int, statistics: Mapping[str, Any], *, extra: Mapping[str, Any] | None = None
 ) -> None:
@@ -292,7 +270,7 @@ def replace_statistics(
         writer.save(folder / free, dict(statistics), force=True)
     meta |= {"items": {**meta.get("items", {}), "statistics": free}, **(extra or {})}
     meta["arrays"]["statistics"] = digests.described(dict(statistics))
-    meta["digest"] = _meta_digest(meta)
+    meta["digest"] = meta_digest(meta)
     if jax.process_index() == 0:
         (path,) = [path for path in (folder / "meta").iterdir() if path.name == "metadata"]
         whole = folder / f"meta-{os.getpid()}.json"
@@ -323,7 +301,7 @@ def read_meta(directory: epath.Path, step: int) -> dict[str, Any]:
     """Returns what a step says of itself (config, data, shape and digest of every array); raises where damaged."""
     meta = ocp.JsonCheckpointHandler().restore(directory / str(step) / "meta")
     stored = meta.pop("digest")
-    if stored != _meta_digest(meta):
+    if stored != meta_digest(meta):
         raise ValueError("meta does not match its digest")
     return meta
 
@@ -396,5 +374,6 @@ def _check_shapes(stored: Mapping[str, Any], abstract: Any, *, where: str) -> No
         )
 
 
-def _meta_digest(meta: Mapping[str, Any]) -> str:
+def meta_digest(meta: Mapping[str, Any]) -> str:
+    """Returns the digest that a step's `meta` is stored with."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

@@ -50,15 +50,20 @@ def fingerprint_of(arrays: dict[str, list[Any]]) -> str:
 
 
 def _is_small(x: Any) -> bool:
-    here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
-    return here and math.prod(x.shape) <= _HOST_ELEMENTS
+    if isinstance(x, np.ndarray):
+        return True  # to move it to a device would take its size again
+    return (x.is_fully_addressable or x.is_fully_replicated) and math.prod(x.shape) <= _HOST_ELEMENTS
 
 
 def _host_digest(x: Any) -> np.uint32:
     array = np.ascontiguousarray(x).reshape(-1)
-    bits = array.view(f"u{array.dtype.itemsize}").astype(np.uint32, copy=False)
-    odd = 2 * np.arange(bits.size, dtype=np.uint32) + 1
-    return np.uint32(np.dot(bits, odd))
+    total = np.zeros((), np.uint32)
+    for begin in range(0, array.size, _HOST_ELEMENTS):
+        part = array[begin : begin + _HOST_ELEMENTS]
+        bits = part.view(f"u{array.dtype.itemsize}").astype(np.uint32, copy=False)
+        odd = 2 * np.arange(begin, begin + len(part), dtype=np.uint32) + 1
+        total = total + np.dot(bits, odd)
+    return np.uint32(total)
 
 
 @jax.jit

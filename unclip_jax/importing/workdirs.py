@@ -11,9 +11,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint
+from unclip_jax import checkpoint, digests
 from unclip_jax import config as configs
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
@@ -101,7 +103,7 @@ def write(
     part.mkdir(parents=True)
     known = {"tokenizer": tokenizer.digest} if tokenizer else {}
     extra = {"data": {**known, **(trained_on or {})}, "imported": dict(imported.about)}
-    checkpoint.save_weights(part, imported.params, dict(imported.statistics), config=config, extra=extra)
+    _save(part, imported.params, dict(imported.statistics), config=config, extra=extra)
     if tokenizer and vocabulary != "tiny":
         (part / _VOCABULARY).mkdir()
         tokenizer.save(part / _VOCABULARY)
@@ -110,3 +112,36 @@ def write(
     if final.exists():
         final.rmdir()
     part.rename(final)
+
+
+def _save(
+    workdir: pathlib.Path, params: Any, statistics: Any, *, config: ConfigDict, extra: Mapping[str, Any]
+) -> None:
+    """Saves weights that were trained elsewhere as step 0 of a new run: they are their own moving average.
+
+    Args:
+      workdir: of the run, without checkpoints.
+      params, statistics: as in a state; NumPy arrays, which are not copied.
+      config: what they are weights of.
+      extra: more JSON for `meta`: `data`, what they were trained on, and where they are from.
+    """
+    items = {"params": params, **({"statistics": statistics} if jax.tree.leaves(statistics) else {})}
+    arrays = {name: digests.described(tree) for name, tree in items.items()}
+    arrays["ema"] = arrays["params"]
+    meta = {"step": 0, "config": config.to_dict(), "arrays": arrays, "items": {"ema": "params"}, **extra}
+    meta["digest"] = checkpoint.meta_digest(meta)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
+    with ocp.CheckpointManager(workdir / checkpoint.FOLDER, options=options) as manager:
+        saves = {name: ocp.args.StandardSave(jax.tree.map(_uncopied, tree)) for name, tree in items.items()}
+        manager.save(0, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
+
+
+class _Uncopied(np.ndarray):
+    """An array of which Orbax's copy, made lest it change while it is written, is itself: writing is waited for."""
+
+    def __deepcopy__(self, memo: Any) -> "_Uncopied":
+        return self
+
+
+def _uncopied(x: Any) -> Any:
+    return x.view(_Uncopied) if type(x) is np.ndarray else x
