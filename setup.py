@@ -34,6 +34,7 @@ setup(
         "array_record>=0.8.6",
         "clu>=0.0.12",
         "etils[epath]>=1.15.0",
+        "flatbuffers>=25.12.19",  # how jax.export writes what it compiled
         "flax>=0.12.8",
         "fonttools>=4.68.0",  # which characters an emoji font draws in colour
         "grain>=0.2.18",

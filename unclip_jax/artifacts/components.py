@@ -29,7 +29,7 @@ class Component:
       workdir: of its run.
       config: with `sampling`, the caller's own options, in place.
       step: training steps that it has seen.
-      data: what its run was trained on: fingerprints of data, tokenizer and frozen networks.
+      data: what its run was trained on: fingerprints of data, tokenizer and frozen networks; or where it was imported.
       fingerprint: of its moving average.
     """
 
@@ -123,7 +123,8 @@ def _described(name: str, folder: str, sampling: Mapping[str, Any], dtype: str) 
         config = configs.from_json_value({**config.to_dict(), "dtype": dtype})
     config = parts_lib.with_sampling(config, sampling, name=name)
     fingerprint = digests.fingerprint_of(meta["arrays"].get("ema", meta["arrays"]["params"]))
-    return Component(name, folder, config, sampling, step, meta.get("data", {}), fingerprint)
+    data = {**meta.get("data", {}), **({"imported": meta["imported"]} if "imported" in meta else {})}
+    return Component(name, folder, config, sampling, step, data, fingerprint)
 
 
 def _check(components: Mapping[str, Component]) -> None:
@@ -215,7 +216,11 @@ def tokenizer(components: Mapping[str, Component], vocabulary: str = "") -> Toke
     for name, one in components.items():
         if not one.stage.vocab_size:
             continue
+        if not (vocabulary or one.config.data.vocabulary):
+            raise InputError(f"{name} ({one.workdir}) came without a vocabulary; name one by --vocabulary")
         new = Tokenizer(vocabulary or one.config.data.vocabulary)
+        if new.bare:
+            raise InputError(f"{name} reads GLIDE's tokens, which what runs an export does not make; use safetensors")
         trained = one.data.get("tokenizer") or new.digest
         if new.vocab_size != one.stage.vocab_size or trained != new.digest:
             raise InputError(

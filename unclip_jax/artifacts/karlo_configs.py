@@ -105,7 +105,7 @@ def _decoder(one: Component) -> Iterator[str]:
     if unet.out_channels != 2 * unet.in_channels or unet.in_channels != 3:
         yield "the pipeline's decoder has 3 channels in and 6 out"
     if not unet.attention_resolutions:
-        yield "a U-Net that attends nowhere reads no caption in diffusers"
+        yield "it attends nowhere, the pipeline's attends at least in its middle"
 
 
 def _upsampler(one: Component) -> Iterator[str]:
