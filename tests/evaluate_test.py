@@ -326,8 +326,9 @@ def test_a_checkpoint_without_a_moving_average_is_refused(folder, tmp_path):
     unclip.UnCLIP.load(folders, weights="params")
 
 
-def test_references_of_another_protocol_are_refused(short, models, config, tmp_path, monkeypatch):
-    given = changed(config, reference=str(tmp_path / "reference"))
+def test_references_of_another_protocol_are_refused(short, models, folder, config, tmp_path, monkeypatch):
+    """Here by features of a CLIP that is named, as one of another run would be."""
+    given = changed(config, reference=str(tmp_path / "reference"), clip_workdir=str(folder / "clip"))
     evaluate.evaluate(given, models, tmp_path / "run", share=Share(), stop=nothing)
     name = config.protocols[0]
     monkeypatch.setitem(protocols.PROTOCOLS, name, dataclasses.replace(protocols.named(name), metrics=("fid",)))

@@ -163,3 +163,20 @@ def test_the_whole_of_it_runs_is_stopped_and_goes_on(tmp_path, data_dir):
     assert set(figures["accuracy"]["validation"]) == {"diffusion", "ar", "none", "render"}
     assert figures["side"] == 64
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+    _evaluated(tmp_path)
+
+
+def _evaluated(folder):
+    """Scores the models that were trained; images a call are as many as before, so that programs are found compiled."""
+    command = [sys.executable, "-m", "unclip_jax.evaluate", "--config=configs/eval_captioned_shapes.py:smoke"]
+    command += [f"--checkpoint={folder / 'run'}", f"--workdir={folder / 'evaluation'}", "--config.microbatch=4"]
+    command += [f"--compile_cache={folder / 'cache'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == programs.DONE, done.stderr[-3000:]
+    assert done.stdout.startswith("captioned_shapes-smoke: Fréchet distance (CLIP ")
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert found["manifest"]["rows"]["count"] == 96 and not found["points"][0]["bad"]["count"]
+    assert {name: one["step"] for name, one in found["manifest"]["models"].items()} == {
+        name: 4 for name in quickstart.STAGES if name != "prior_ar"
+    }
+    assert (folder / "evaluation" / "results.html").stat().st_size > 100_000

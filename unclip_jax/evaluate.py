@@ -43,7 +43,7 @@ from unclip_jax import (
 from unclip_jax import config as configs
 from unclip_jax.data import sealed
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.evaluated_models import EvaluatedModels
+from unclip_jax.evaluated_models import EvaluatedModels, read_clip
 from unclip_jax.evaluation import protocols
 from unclip_jax.evaluation_job import EvaluationJob
 from unclip_jax.image_units import Share
@@ -136,7 +136,7 @@ def evaluate(
     """Evaluates once; returns a sentence, or None where units are left to other processes."""
     clip = None
     if config.clip_workdir:
-        clip = unclip.UnCLIP.load({"clip": config.clip_workdir}, microbatch=config.microbatch)
+        clip = read_clip(config.clip_workdir, microbatch=config.microbatch)
     shared = pathlib.Path(config.reference).expanduser() if config.reference else reference
     job = EvaluationJob(config, models, workdir, networks_clip=clip, reference=shared)
     results = job.run(share, stop=stop)

@@ -163,6 +163,11 @@ class EvaluatedModels:
         return {name: part.step for name, part in self._parts.items()}
 
 
+def read_clip(workdir: str, *, microbatch: int) -> unclip.UnCLIP:
+    """Returns a model that is a CLIP alone, of the run in `workdir`; all processes must ask."""
+    return unclip.UnCLIP({"clip": _read("clip", workdir, "ema", {}, None)}, microbatch=microbatch)
+
+
 def _draws(name: str) -> bool:
     return STAGES[name] in ("decoder", "upsampler") and name not in parts.LAST.values()
 
