@@ -57,13 +57,13 @@ def _is_small(x: Any) -> bool:
 
 def _host_digest(x: Any) -> np.uint32:
     array = np.ascontiguousarray(x).reshape(-1)
-    total = np.zeros((), np.uint32)
+    total = np.zeros(1, np.uint32)  # an array: of scalars that wrap NumPy warns
     for begin in range(0, array.size, _HOST_ELEMENTS):
         part = array[begin : begin + _HOST_ELEMENTS]
         bits = part.view(f"u{array.dtype.itemsize}").astype(np.uint32, copy=False)
         odd = 2 * np.arange(begin, begin + len(part), dtype=np.uint32) + 1
-        total = total + np.dot(bits, odd)
-    return np.uint32(total)
+        total += np.dot(bits, odd)
+    return total[0]
 
 
 @jax.jit
