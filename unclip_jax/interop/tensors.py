@@ -5,11 +5,13 @@ file says is run, and nothing outside it is opened.
 """
 
 import dataclasses
-import functools
 import json
+import math
 import os
 import pathlib
+import struct
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,8 +47,6 @@ _DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# After so many bytes a file is mapped anew: pages that were read count as this process's memory while they are mapped.
-_MAPPED = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,39 +136,35 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
     return tensors
 
 
-class _Mapped:
-    """A safetensors file that is mapped into memory, a little of it at a time."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        self._file = self._open()
-        self._read = 0
-
-    def _open(self):
-        try:
-            # It refuses headers that are too long, and tensors that overlap, leave gaps or end beyond the file.
-            return safetensors.safe_open(self._path, framework="np")
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{str(self._path)!r} is damaged or no safetensors file: {error}") from error
-
-    def tensors(self) -> dict[str, Tensor]:
-        found = {}
-        for name in self._file.keys():
-            part = self._file.get_slice(name)
-            kind = part.get_dtype()
-            if kind not in _DTYPES:
-                raise InputError(f"{str(self._path)!r}: {name} has the type {kind}; known are {', '.join(_DTYPES)}")
-            shape = tuple(part.get_shape())
-            found[name] = Tensor(shape, _DTYPES[kind], functools.partial(self.read, name))
-        return found
-
-    def read(self, name: str) -> np.ndarray:
-        if self._read > _MAPPED:
-            self._file, self._read = self._open(), 0
-        array = self._file.get_tensor(name)
-        self._read += array.nbytes
-        return array
-
-
 def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    return _Mapped(path).tensors()
+    try:
+        # It refuses headers that are too long, and tensors that overlap, leave gaps or end beyond the file.
+        with safetensors.safe_open(path, framework="np") as file:
+            names = set(file.keys())
+        with path.open("rb") as whole:
+            (length,) = struct.unpack("<Q", whole.read(8))
+            header = json.loads(whole.read(length))
+        return {name: _placed(path, name, header[name], 8 + length) for name in names}
+    except InputError:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise InputError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+
+
+def _placed(path: pathlib.Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
+    """Returns the tensor of one entry of a header, whose offsets are from `data` on."""
+    kind = entry["dtype"]
+    if kind not in _DTYPES:
+        raise InputError(f"{str(path)!r}: {name} has the type {kind}; known are {', '.join(_DTYPES)}")
+    shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES[kind], entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has two sizes")
+
+    def read() -> np.ndarray:
+        # Not mapped: pages that were read would count as this process's memory for as long as they are.
+        numbers = np.fromfile(path, dtype, math.prod(shape), offset=data + begin)
+        if numbers.size != math.prod(shape):
+            raise InputError(f"{str(path)!r} ends in the middle of {name}; it was whole when it was opened")
+        return numbers.reshape(shape)
+
+    return Tensor(shape, dtype, read)
