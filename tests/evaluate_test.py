@@ -391,6 +391,7 @@ def test_each_checkpoint_of_a_run_is_scored_as_it_appears(short, folder, config,
     class Options:
         follow, checkpoint, workdir = "decoder", str(followed), str(tmp_path / "out")
 
+    config = changed(config, prior="none")
     sentences = evaluate.follow(config, Options, share=Share(), stop=nothing)
     assert "decoder-00000004" in next(sentences)
     save(followed / "decoder", own, seed=2, step=9, extra=trained_on)

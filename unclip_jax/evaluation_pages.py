@@ -56,7 +56,7 @@ def page(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> st
 def stated(value: float, error: float | None) -> tuple[str, str]:
     """Returns a value and its standard error as text: the error with two digits, the value with as many places."""
     if not error or not math.isfinite(error) or not 1e-6 < error < 1e4:
-        return pages.number(value), "" if error is None else pages.number(error)
+        return pages.number(value), pages.number(error) if error else ""
     places = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:,.{places}f}", f"{error:,.{places}f}"
 
