@@ -136,6 +136,13 @@ def _kid(given: _Given) -> list[Measure]:
     return [_measured("kid", given.named(name), found, "lower", "over all pairs, unbiased, cubic kernel")]
 
 
+def _cmmd(given: _Given) -> list[Measure]:
+    if given.is_inception:
+        return []
+    found = kernel_distances.measured_cmmd(given.gathered(_IMAGE), given.reference.gathered(_IMAGE))
+    return [_measured("cmmd", given.named("CMMD"), found, "lower", "over all pairs, Gaussian kernel of width 10, x 1,000")]
+
+
 def _inception_score(given: _Given) -> list[Measure]:
     if not given.is_inception:
         return []
@@ -198,6 +205,7 @@ METRICS: dict[str, Callable[[_Given], list[Measure]]] = {
     "sfid": _sfid,
     "fid_infinity": _fid_infinity,
     "kid": _kid,
+    "cmmd": _cmmd,
     "inception_score": _inception_score,
     "precision_recall": _precision_recall,
     "clip_score": _clip_score,

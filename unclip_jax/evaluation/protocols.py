@@ -57,7 +57,9 @@ class Protocol:
         return sealed.sealed(self.as_json())["seal"][:16]
 
 
-_ALL = ("fid", "sfid", "fid_infinity", "kid", "inception_score", "precision_recall", "clip_score", "r_precision")
+_ALL = (
+    "fid", "sfid", "fid_infinity", "kid", "cmmd", "inception_score", "precision_recall", "clip_score", "r_precision",
+)  # fmt: skip
 _COCO = Protocol(
     name="coco30k-openai",
     source="coco-val2014",
