@@ -18,12 +18,14 @@ PLAIN = (
 )  # fmt: skip
 FAKED = ("gcloud", "kubectl", "xpk", "sbatch", "squeue", "srun", "scancel", "scontrol", "docker", "sleep", "helm")
 
-# In bash, for it starts in a tenth of Python's time. A record of the log is the words of a call and what was piped in.
+# In bash, for it starts in a tenth of Python's time. A record of the log is the words of a call and what was piped in,
+# in one write, for calls are made side by side.
 _FAKE = r"""#!/bin/bash
 folder=@FOLDER@
 piped=
 [[ "$*" != *"-f -" ]] || piped=$(/bin/cat)
-{ printf '%s\x1f' "${0##*/}" "$@"; printf '%s\x1e' "$piped"; } >> "$folder/calls"
+printf -v words '%s\x1f' "${0##*/}" "$@"
+printf '%s%s\x1e' "$words" "$piped" >> "$folder/calls"
 line="${0##*/} $*"
 for pattern in "$folder"/answers/*/pattern; do
   [ -e "$pattern" ] || exit 0

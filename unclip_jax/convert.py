@@ -79,37 +79,36 @@ def convert(request: formats.Request, workdir: str) -> dict[str, str]:
     return made
 
 
-_FROM = flags.DEFINE_string("from", None, "Format of the weights.")
-_PATH = flags.DEFINE_string("path", None, "File or folder of weights.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder to make, of one network or of one for each.")
-_VARIANT = flags.DEFINE_string("variant", "", "Variant of configs/STAGE.py that further training would begin from.")
-_VOCABULARY = flags.DEFINE_string("vocabulary", "", "Folder of the vocabulary; beside the weights by default.")
-_OPTIONS = {
-    name: flags.DEFINE_string(name, "", text)
-    for name, text in (
-        ("config_json", "OpenCLIP's config of the model."),
-        ("activation", "Activation of OpenCLIP's towers, where there is no config: gelu or quick_gelu."),
-    )
-}
+def define_flags() -> None:
+    """Defines the program's flags; only where it is the program, for others have flags of the same names."""
+    flags.DEFINE_string("from", None, "Format of the weights.")
+    flags.DEFINE_string("path", None, "File or folder of weights.")
+    flags.DEFINE_string("workdir", None, "Folder to make, of one network or of one for each.")
+    flags.DEFINE_string("variant", "", "Variant of configs/STAGE.py that further training would begin from.")
+    flags.DEFINE_string("vocabulary", "", "Folder of the vocabulary; beside the weights by default.")
+    flags.DEFINE_string("config_json", "", "OpenCLIP's config of the model.")
+    flags.DEFINE_string("activation", "", "OpenCLIP's, where there is no config: gelu or quick_gelu.")
 
 
 def main(argv) -> int:
     del argv
-    if not _FROM.value or not _PATH.value or not _WORKDIR.value:
+    given = flags.FLAGS.flag_values_dict()
+    if not given["from"] or not given["path"] or not given["workdir"]:
         raise InputError("give --from=FORMAT, --path=WEIGHTS and --workdir=FOLDER")
     programs.start_logging()
     programs.start_jax()
     request = formats.Request(
-        format=_FROM.value,
-        path=_PATH.value,
-        variant=_VARIANT.value,
-        vocabulary=_VOCABULARY.value,
-        options={name: flag.value for name, flag in _OPTIONS.items()},
+        format=given["from"],
+        path=given["path"],
+        variant=given["variant"],
+        vocabulary=given["vocabulary"],
+        options={name: given[name] for name in ("config_json", "activation")},
     )
-    for name, folder in convert(request, _WORKDIR.value).items():
+    for name, folder in convert(request, given["workdir"]).items():
         _LOG.info("%s of %s is in %s", name, pathlib.Path(request.path).name, folder)
     return programs.DONE
 
 
 if __name__ == "__main__":
+    define_flags()
     programs.run(main)

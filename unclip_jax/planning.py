@@ -8,6 +8,7 @@ A plan is JSON and nothing else, so that a script can keep it. `docs/pods.md` sa
 
 import concurrent.futures
 import dataclasses
+import logging
 import multiprocessing
 import os
 import re
@@ -40,6 +41,8 @@ from unclip_jax.topologies import GPUS_PER_HOST, Topology
 from unclip_jax.tpu_compiler import Compilation
 from unclip_jax.traced_run import Traced
 
+_LOG = logging.getLogger("unclip_jax.planning")
+
 
 def plan(
     config: ConfigDict,
@@ -70,25 +73,26 @@ def plan(
     return made
 
 
-def plan_apart(config: ConfigDict, topology: Topology, **options: Any) -> Plan:
+def plan_apart(config: ConfigDict, topology: Topology, *, effort: str = "quick", **options: Any) -> Plan:
     """Plans in a process of its own, so that memory is given back, is measured, and a crash of the compiler is told.
 
     Args:
-      config, topology, options: see `plan`.
+      config, topology, effort, options: see `plan`. Where quick effort crashes the compiler, full effort is tried: a
+        failed check of libtpu 0.0.42 on very small arrays is not met there.
 
     Raises:
       InputError: as `plan`, or the compiler crashed.
     """
-    arguments = (configs.to_json(config), topology.name, options)
     fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=_start_apart) as pool:
-        try:
-            return pool.submit(_plan_of_json, *arguments).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            # A failed check inside of the compiler ends its process; what it said stands on stderr.
-            raise InputError(
-                "the TPU compiler crashed (see above): --effort=full or another version of libtpu may do"
-            ) from None
+    for tried in dict.fromkeys((effort, "full")):
+        arguments = (configs.to_json(config), topology.name, {**options, "effort": tried})
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=_start_apart) as pool:
+            try:
+                return pool.submit(_plan_of_json, *arguments).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                # A failed check inside of the compiler ends its process; what it said stands on stderr.
+                _LOG.warning("the TPU compiler crashed (see above) at %s effort", tried)
+    raise InputError("the TPU compiler crashed (see above), at full effort too; another version of libtpu may do")
 
 
 def start_jax() -> None:

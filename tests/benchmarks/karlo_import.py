@@ -95,8 +95,8 @@ def lay_out(folder: pathlib.Path) -> tuple[int, int, int]:
         theirs = name.endswith("_encoder")
         write(folder / name / f"{'model' if theirs else 'diffusion_pytorch_model'}.safetensors", shapes, number)
         (network.config.save_pretrained if theirs else network.save_config)(folder / name)
-    prior = {"prediction_type": "sample", "clip_sample_range": 5.0}
-    kinds = {"prior": prior, "decoder": {"variance_type": "learned_range"}, "super_res": {}}
+    prior: dict[str, Any] = {"prediction_type": "sample", "clip_sample_range": 5.0}
+    kinds: dict[str, dict[str, Any]] = {"prior": prior, "decoder": {"variance_type": "learned_range"}, "super_res": {}}
     for name, options in kinds.items():
         UnCLIPScheduler(**options).save_config(folder / f"{name}_scheduler")
     return tensors, total, largest

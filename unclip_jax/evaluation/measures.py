@@ -140,7 +140,8 @@ def _cmmd(given: _Given) -> list[Measure]:
     if given.is_inception:
         return []
     found = kernel_distances.measured_cmmd(given.gathered(_IMAGE), given.reference.gathered(_IMAGE))
-    return [_measured("cmmd", given.named("CMMD"), found, "lower", "over all pairs, Gaussian kernel of width 10, x 1,000")]
+    what = "over all pairs, Gaussian kernel of width 10, x 1,000"
+    return [_measured("cmmd", given.named("CMMD"), found, "lower", what)]
 
 
 def _inception_score(given: _Given) -> list[Measure]:
