@@ -13,7 +13,7 @@ import pytest
 import untrained_models
 from PIL import Image
 
-from unclip_jax import generate, programs, unclip
+from unclip_jax import generate, picture_files, programs, unclip
 from unclip_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -183,7 +183,7 @@ def test_a_negative_prompt_reaches_the_model_and_stands_in_every_image(tmp_path,
 def test_variations_are_of_the_picture_and_named_for_it(tmp_path):
     given = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
     Image.fromarray(given).save(tmp_path / "given.png")
-    picture, digest = generate.read_picture(str(tmp_path / "given.png"))
+    picture, digest = picture_files.read(str(tmp_path / "given.png"))
     assert digest == hashlib.sha256((tmp_path / "given.png").read_bytes()).hexdigest()
     asked = []
 
@@ -207,10 +207,10 @@ def test_variations_are_of_the_picture_and_named_for_it(tmp_path):
     assert [image.name for image in images] == [f"00000-image-seed{seed}" for seed in (3, 4, 5)]
     assert all(writer.has(image) for image in images)
     with pytest.raises(InputError, match="nowhere.png.*cannot be read"):
-        generate.read_picture(str(tmp_path / "nowhere.png"))
+        picture_files.read(str(tmp_path / "nowhere.png"))
     (tmp_path / "cut.png").write_bytes((tmp_path / "given.png").read_bytes()[:60])
     with pytest.raises(InputError, match="cut.png.*cannot be decoded"):
-        generate.read_picture(str(tmp_path / "cut.png"))
+        picture_files.read(str(tmp_path / "cut.png"))
 
 
 def test_every_sampling_flag_names_a_setting_that_its_stages_have():

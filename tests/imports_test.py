@@ -24,7 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput", "roofline"),
     ("stages", "evaluation", "interop"),
     # parts: trained networks, read from their workdirs; importing: makes others' such workdirs; pages: HTML
-    ("inception_file", "parts", "importing", "captioned_grid", "description", "goodput_sums", "pages"),
+    ("inception_file", "parts", "importing", "captioned_grid", "description", "goodput_sums", "pages",
+     "picture_files"),
     # predictor: calls parts; jobs: runs programs side by side
     ("predictor", "quickstart_report", "run_curves", "jobs", "evaluation_pages"),
     ("unclip", "training_jobs", "run_report"),

@@ -16,8 +16,6 @@ prompt. A prompt may be given beside it, for a decoder that reads captions.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -29,11 +27,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from unclip_jax import captioned_grid, hosts, metrics, programs, provenance, unclip
+from unclip_jax import captioned_grid, hosts, metrics, picture_files, programs, provenance, unclip
 from unclip_jax.data import captions as captions_lib
-from unclip_jax.data import images as images_lib
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.stopping import Polled, Stopping
 
@@ -43,7 +40,6 @@ MANIFEST, GRID = "manifest.json", "grid.png"
 IMAGE = "image"
 # The grid shows at most so many images: beyond that nobody looks, and it would not fit into memory.
 _GRID_LIMIT = 256
-_LIBRARIES = ("unclip_jax", "jax", "jaxlib", "flax", "numpy")
 
 # Flag -> (parts, key of config.sampling). A flag that is not given leaves the run's own setting.
 SAMPLING_FLAGS = {
@@ -116,33 +112,6 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     return prompts
 
 
-def read_picture(path: str) -> tuple[np.ndarray, str]:
-    """Returns a picture, uint8 [h, w, 3], and the SHA-256 of its file.
-
-    Raises:
-      InputError: the file cannot be read, or is no whole JPEG, PNG or WebP.
-    """
-    try:
-        content = pathlib.Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise InputError(f"the picture {path!r} cannot be read: {error}") from error
-    try:
-        return images_lib.decode(content), hashlib.sha256(content).hexdigest()
-    except InputError as error:
-        raise InputError(f"the picture {path!r} cannot be decoded: {error}") from error
-
-
-def versions() -> dict[str, str]:
-    """Returns library -> version, of the libraries that an image depends on."""
-    found = {}
-    for library in _LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            found[library] = "unknown"
-    return found
-
-
 class Writer:
     """Writes images into a folder, and knows which are there already.
 
@@ -202,8 +171,8 @@ class Writer:
             text["negative_prompt"] = self.record["negative_prompt"]
         *earlier, last = pixels
         for stage in earlier if self.stages == "all" else ():
-            save_png(self.folder / f"{image.name}-{stage}.png", pixels[stage], text)
-        save_png(self.folder / f"{image.name}.png", pixels[last], text)
+            picture_files.save(self.folder / f"{image.name}-{stage}.png", pixels[stage], text)
+        picture_files.save(self.folder / f"{image.name}.png", pixels[last], text)
 
     def manifest(self, images: Sequence[Wanted], timings: Mapping[str, Any]) -> None:
         """Writes manifest.json: how the images were made, which there are, and what each part took."""
@@ -220,17 +189,7 @@ class Writer:
                 rows.setdefault((image.prompt, image.prior), []).append(np.asarray(picture.convert("RGB")))
         several = len({image.prior for image in images}) > 1
         labels = [f"{prompt} [{prior}]" if several else prompt for prompt, prior in rows]
-        save_png(self.folder / GRID, captioned_grid.draw(labels, list(rows.values())), {})
-
-
-def save_png(path: pathlib.Path, pixels: np.ndarray, text: Mapping[str, str]) -> None:
-    """Writes uint8 [h, w, 3] as a PNG with text chunks; the file is there whole or not at all."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
-    temporary.replace(path)
+        picture_files.save(self.folder / GRID, captioned_grid.draw(labels, list(rows.values())), {})
 
 
 def _sum(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
         if prior not in unclip.PRIORS:
             raise InputError(f"--prior={prior} is unknown; {nearest(prior, unclip.PRIORS)}")
     priors = list(dict.fromkeys(options.prior))
-    picture, digest = read_picture(options.image) if options.image else (None, None)
+    picture, digest = picture_files.read(options.image) if options.image else (None, None)
     if picture is None:
         prompts = read_prompts(options.prompt, options.prompts)
     else:
@@ -376,7 +335,7 @@ def main(argv: Sequence[str]) -> int:
         "weights": options.weights,
         "negative_prompt": negative,
         **({"image": digest} if digest else {}),
-        "versions": versions(),
+        "versions": provenance.versions(),
         "device": jax.devices()[0].device_kind,
     }
     images = wanted_images(prompts, priors=priors, seed=options.seed, samples=options.samples)

@@ -5,9 +5,12 @@ The mark is the property "digital source type" of the IPTC Photo Metadata Standa
 and sites that label generated images look for it.
 """
 
+import importlib.metadata
+
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 # The keyword under which XMP stands in a PNG's text (XMP specification, part 3, section 1.1.5).
 KEYWORD = "XML:com.adobe.xmp"
+_LIBRARIES = ("unclip_jax", "jax", "jaxlib", "flax", "numpy")
 
 _PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -21,3 +24,14 @@ _PACKET = (
 def marks(software: str) -> dict[str, str]:
     """Returns keyword -> text for the text chunks of a PNG: what made it, and that it was generated."""
     return {"Software": software, KEYWORD: _PACKET}
+
+
+def versions() -> dict[str, str]:
+    """Returns library -> version, of the libraries that an image depends on."""
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            found[library] = "unknown"
+    return found
