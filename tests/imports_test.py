@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # predictor: calls parts; jobs: runs programs side by side
     ("predictor", "quickstart_report", "run_curves", "jobs", "evaluation_pages"),
     ("unclip", "training_jobs", "run_report"),
-    ("program", "fitting", "report", "feature_networks", "reference_filter", "evaluation_exchange"),
+    ("program", "fitting", "report", "feature_networks", "reference_filter", "evaluation_exchange",
+     "manipulation"),
     # inputs: what a program reads; traced_run: a run traced, for the planner; plans: what it says
     ("inputs", "traced_run", "plans", "evaluated_models"),
     ("train", "planning", "image_units"),

@@ -241,6 +241,8 @@ def test_predictions_take_what_their_specs_say(case):
         if name == "loss":
             loss, metrics = made
             assert loss.shape == () and all(np.isfinite(x) for x in jax.tree.leaves((loss, metrics)))
+        elif name == "x_T":
+            assert made.dtype == np.float32 and made.shape == case.batch(0, specs[name])["image"].shape
         elif made.ndim == 4:
             assert made.dtype == np.uint8 and made.shape[0] == 8 and made.shape[1] == made.shape[2]
             assert len(np.unique(made)) > 20

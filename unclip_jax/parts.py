@@ -31,6 +31,8 @@ STAGES = {
 }
 # Upsamplers that take no place in the cascade, but the last steps of another (`sampling.last_steps`): it -> they.
 LAST = {"upsampler_1": "upsampler_1_last"}
+# Options of sampling that configs leave out, as they then are.
+_UNWRITTEN = {"skip_noisiest": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,7 @@ def with_sampling(config: ConfigDict, sampling: Mapping[str, Any], *, name: str)
     plain = config.to_dict()
     for key, value in sampling.items():
         known = plain.get("sampling", {})
+        known = {**_UNWRITTEN, **known} if known else known
         if key not in known:
             hint = nearest(key, known) if known else "it has no options for sampling"
             raise InputError(f"{name} has no option sampling.{key}; {hint}")

@@ -15,8 +15,9 @@ from unclip_jax.parts import STAGES, Part, frozen_of
 
 # Called after each batch with (part, examples done, examples in all).
 Progress = Callable[[str, int, int], None]
-# Part -> the noise [n, ...] that its sampling starts from, and that [n, steps, ...] of its steps (`stages.base.noise`).
-Noise = Mapping[str, tuple[np.ndarray, np.ndarray]]
+# Part -> the noise [n, ...] that its sampling starts from, and that [n, steps, ...] of its steps (`stages.base.noise`),
+# None where that is drawn.
+Noise = Mapping[str, tuple[np.ndarray, np.ndarray | None]]
 
 
 class Drawing(TypedDict, total=False):
@@ -81,7 +82,8 @@ class Predictor:
         numbered = "id" in part.stage.predict_specs(self.microbatch)[function]
         whole = {**fields, "id": numbers} if numbered else dict(fields)
         if noise and name in noise:
-            whole |= {field: np.asarray(x, np.float32) for field, x in zip(("x_T", "noise"), noise[name], strict=True)}
+            given = zip(("x_T", "noise"), noise[name], strict=True)
+            whole |= {field: np.asarray(x, np.float32) for field, x in given if x is not None}
         rng = jax.random.fold_in(jax.random.key(drawing.get("seed", 0)), list(STAGES).index(name))
         made = []
         for start in range(0, count, self.microbatch):

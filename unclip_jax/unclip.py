@@ -101,7 +101,7 @@ class UnCLIP:
           InputError: the parts do not fit each other; the first that does not is named.
         """
         self.parts = {name: parts[name] for name in STAGES if name in parts}
-        self.models = models
+        self.models, self.devices_per_image = models, devices_per_image
         self.predictor = Predictor(self.parts, microbatch=microbatch, mesh=_mesh(devices_per_image))
         self.timings, self.microbatch = self.predictor.timings, self.predictor.microbatch
         self._tokenizers: dict[str, Tokenizer] = {}
@@ -223,7 +223,7 @@ class UnCLIP:
             )
         return tokenizer.encode(captions, context_length)
 
-    def _words(self, name: str, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    def words(self, name: str, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """What a decoder or an upsampler reads of captions: the field `tokens`, or nothing."""
         length = cast(Any, self.part(name).stage).context_length
         return {"tokens": self.tokenize(captions, name, context_length=length)} if length else {}
@@ -300,7 +300,7 @@ class UnCLIP:
           InputError: embeddings of another width or number, or a negative prompt that an unguided decoder ignores.
         """
         stage: Any = self.part("decoder").stage
-        fields = self._words("decoder", captions)
+        fields = self.words("decoder", captions)
         if z_i is not None and len(z_i) != len(captions):
             raise InputError(f"{len(z_i)} embeddings were given for {len(captions)} captions; give one for each")
         if z_i is not None and stage.embed_dim:
@@ -319,7 +319,7 @@ class UnCLIP:
         stage: Any = part.stage
         if not stage.reads_captions:
             raise InputError(f"a negative prompt is a caption, and the decoder in {part.workdir} reads none")
-        fields = {f"negative_{field}": x.repeat(count, 0) for field, x in self._words("decoder", [negative]).items()}
+        fields = {f"negative_{field}": x.repeat(count, 0) for field, x in self.words("decoder", [negative]).items()}
         if stage.embed_dim and stage.condition == "text":
             fields["negative_z_t"] = np.repeat(self.embed_text([negative]), count, axis=0)
         return fields
@@ -330,7 +330,7 @@ class UnCLIP:
         """Returns upsampler -> uint8 images of its size, in the cascade's order. Few read captions; "" by default."""
         made = {}
         for name in self.upsamplers:
-            fields = {"low_res": images, **self._words(name, captions or [""] * len(images))}
+            fields = {"low_res": images, **self.words(name, captions or [""] * len(images))}
             images = self.predictor.run(name, "sample", fields, **drawing)
             made[name] = images
         return made

@@ -35,11 +35,13 @@ class GivenNoise(NamedTuple):
     Attributes:
       x_T: where sampling starts.
       steps: standard normal, one after another as the steps use them; what stands after a sampler's last is not read.
-        None only for samplers that draw none.
+        None where steps draw none, or draw theirs from the keys.
+      keys: one per example, for steps whose noise is not given.
     """
 
     x_T: Float[Array, "b *rest"]
     steps: Float[Array, "b n *rest"] | None = None
+    keys: ExampleKeys | None = None
 
 
 NoiseSource = ExampleKeys | GivenNoise
@@ -52,6 +54,8 @@ def draw_noise(keys: NoiseSource, shape: tuple[int, ...], *, step: int | Int[Arr
       InputError: noise that is given has another shape, or none is given of steps.
     """
     if isinstance(keys, GivenNoise):
+        if keys.steps is None and keys.keys is not None:
+            return draw_noise(keys.keys, shape, step=step)
         if keys.steps is None or keys.steps.shape[2:] != shape:
             found = "none" if keys.steps is None else keys.steps.shape[2:]
             raise InputError(f"each step of this sampler adds noise of shape {shape}; given is {found}")

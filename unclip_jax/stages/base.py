@@ -262,11 +262,13 @@ def example_keys(rng: Key[Array, ""], batch: Batch) -> ExampleKeys:
 def noise(rng: Key[Array, ""], batch: Batch) -> samplers.NoiseSource:
     """What an example's noise is drawn from, a key; or the noise itself, where the batch holds it.
 
-    It comes in the optional fields `x_T` [b, ...] and `noise` [b, steps, ...], shaped as what is sampled.
+    It comes in the optional fields `x_T` [b, ...] and `noise` [b, steps, ...], shaped as what is sampled. With `x_T`
+    alone, the steps' noise is drawn.
     """
-    if "x_T" in batch:
-        return samplers.GivenNoise(batch["x_T"], batch.get("noise"))
-    return example_keys(rng, batch)
+    if "x_T" not in batch:
+        return example_keys(rng, batch)
+    drawn = "noise" not in batch and "id" in batch
+    return samplers.GivenNoise(batch["x_T"], batch.get("noise"), example_keys(rng, batch) if drawn else None)
 
 
 def drop(rng: Key[Array, ""], rate: float, batch_size: int) -> Bool[Array, "b"]:

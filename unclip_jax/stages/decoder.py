@@ -29,7 +29,7 @@ class DecoderStage:
     `negative_tokens`, and `negative_z_t` if it reads text embeddings, are what guidance steers away from. Noise may be
     given, see `base.noise`. With `config.round_pixels` False "pixels" is there too: "sample" before it is rounded to
     8 bits, which diffusers' pipelines never do between their stages. With `config.inpaint` "sample" may be given a part
-    of the image, see `inpainting.given`.
+    of the image, see `inpainting.given`. "x_T" is the noise from which "sample" would draw `image`, float32.
     """
 
     splits_batch = True
@@ -39,6 +39,7 @@ class DecoderStage:
         self.diffusion = denoising.process(config.diffusion)
         self.sampling = config.sampling
         self.sampler = denoising.sampler(self.diffusion, config.sampling)
+        self.invert = denoising.inverter(self.diffusion, config.sampling)
         self.drop = config.drop
         self.side, self.inpaints = config.model.unet.image_size, config.get("inpaint", False)
         inpainting.check(config.model.unet.get("in_channels", 3), 3, inpaints=self.inpaints)
@@ -100,7 +101,8 @@ class DecoderStage:
         spec = self._spec(batch_size)
         reconstruct = {name: spec[name] for name in spec if name != "image"}
         exact = {} if self.rounds else {"pixels": sample}
-        return {"loss": spec, "sample": sample, "reconstruct": reconstruct, **exact}
+        inverted = {"image": spec["image"], **{name: x for name, x in sample.items() if name != "id"}}
+        return {"loss": spec, "sample": sample, "reconstruct": reconstruct, "x_T": inverted, **exact}
 
     def init(self, rng: jax.Array) -> base.Params:
         image = jnp.zeros((1, self.side, self.side, 3 + inpainting.CHANNELS * self.inpaints))
@@ -195,7 +197,27 @@ class DecoderStage:
           InputError: a negative prompt, but guidance_scale 1.
         """
         n = (keys.x_T if isinstance(keys, samplers.GivenNoise) else keys).shape[0]
-        if negative_tokens is not None or negative_z_t is not None:
+        guided = self._guided(params, frozen, n, (tokens, z_i), (negative_tokens, negative_z_t))
+        sampler = self.sampler
+        if self.inpaints:
+            part = inpainting.given({}, n, self.side) if known is None else known
+            sampler = part.keeping(sampler)
+        return sampler(
+            (lambda x_t, t: guided(part.beside(x_t), t)) if self.inpaints else guided,
+            samplers.initial_noise(keys, (self.side, self.side, 3)) if x_T is None else x_T,
+            keys,
+        )
+
+    def _guided(
+        self,
+        params: base.Params,
+        frozen: Any,
+        n: int,
+        given: tuple[Tokens | None, Embeddings | None],
+        null: tuple[Tokens | None, Embeddings | None],
+    ) -> samplers.Denoiser:
+        """Returns the network of n examples as samplers call it: guided from the null captions and embeddings."""
+        if any(x is not None for x in null):
             check_negative(self.sampling.guidance_scale)
 
         def condition(words, z):
@@ -208,23 +230,8 @@ class DecoderStage:
         def denoise(x_t, t, conditioning):
             return self.network.apply(params, x_t, t, conditioning, method="denoise")
 
-        shape = (self.side, self.side, 3)
-        guided = classifier_free(
-            denoise,
-            condition(tokens, z_i),
-            condition(negative_tokens, negative_z_t),
-            scale=self.sampling.guidance_scale,
-            guided_channels=3,
-        )
-        sampler = self.sampler
-        if self.inpaints:
-            part = inpainting.given({}, n, self.side) if known is None else known
-            sampler = part.keeping(sampler)
-        return sampler(
-            (lambda x_t, t: guided(part.beside(x_t), t)) if self.inpaints else guided,
-            samplers.initial_noise(keys, shape) if x_T is None else x_T,
-            keys,
-        )
+        scale = self.sampling.guidance_scale
+        return classifier_free(denoise, condition(*given), condition(*null), scale=scale, guided_channels=3)
 
     def predict_fns(self) -> dict[str, base.Predict]:
         def loss(params, frozen, batch, rng):
@@ -250,5 +257,12 @@ class DecoderStage:
             z_i = self._embed(frozen, batch)
             return to_uint8(self.sample(params, frozen, z_i, batch.get("tokens"), base.example_keys(rng, batch)))
 
+        def x_T(params, frozen, batch, rng):
+            n = len(batch["image"])
+            guided = self._guided(params, frozen, n, (batch.get("tokens"), batch.get("z_i")), (None, None))
+            nothing = inpainting.given({}, n, self.side)
+            denoise = (lambda x_t, t: guided(nothing.beside(x_t), t)) if self.inpaints else guided
+            return self.invert(denoise, from_uint8(batch["image"]))
+
         exact = {} if self.rounds else {"pixels": pixels}
-        return {"loss": loss, "sample": sample, "reconstruct": reconstruct, **exact}
+        return {"loss": loss, "sample": sample, "reconstruct": reconstruct, "x_T": x_T, **exact}

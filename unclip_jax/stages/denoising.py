@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from unclip_jax.arrays import ExampleKeys
@@ -48,7 +49,7 @@ def sampler(
       InputError: an unknown method, timesteps that the process does not have, an eta outside [0, 1], a threshold that
         is not one of `thresholds`, or "analytic" where `measures_variance` is False.
     """
-    chosen = {"method": sampling.method, "timesteps": timesteps(sampling), "eta": sampling.eta}
+    chosen = {"method": sampling.method, "timesteps": levels(diffusion, sampling), "eta": sampling.eta}
     if sampling.method == "analytic" and not measures_variance:
         others = sorted(set(samplers.METHODS) - {"analytic"})
         raise InputError(
@@ -65,6 +66,26 @@ def sampler(
         diffusion, threshold, quantile=sampling.get("quantile", samplers.QUANTILE)
     )
     return functools.partial(samplers.sample, diffusion, process_x_start=process_x_start, **chosen)
+
+
+def inverter(diffusion: GaussianDiffusion, sampling: ConfigDict) -> "functools.partial[Array]":
+    """Returns `samplers.ddim_invert` over the timesteps of `config.sampling`: a function of (denoise_fn, x_start)."""
+    return functools.partial(samplers.ddim_invert, diffusion, timesteps=levels(diffusion, sampling))
+
+
+def levels(diffusion: GaussianDiffusion, sampling: ConfigDict) -> int | str | Int[np.ndarray, "n"]:
+    """Returns the timesteps that `config.sampling` visits, without as many of the noisiest as `skip_noisiest` says.
+
+    Raises:
+      InputError: no timestep would be left.
+    """
+    skipped = sampling.get("skip_noisiest", 0)
+    if not skipped:
+        return timesteps(sampling)
+    visited = diffusion.respaced(timesteps(sampling)).timesteps[::-1]
+    if skipped >= len(visited):
+        raise InputError(f"config.sampling.skip_noisiest={skipped}, but there are {len(visited)} steps in all")
+    return visited[skipped:]
 
 
 def timesteps(sampling: ConfigDict) -> int | str:

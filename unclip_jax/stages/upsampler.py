@@ -33,7 +33,8 @@ LowRes = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
 class UpsamplerStage:
     """Trains p(x | low_res); predicts images of `image_size` from images of `low_res_size`.
 
-    For "sample", `low_res` may also be float in [-1, 1], and noise may be given, see `base.noise`.
+    For "sample", `low_res` may also be float in [-1, 1], and noise may be given, see `base.noise`. "x_T" is the noise
+    from which "sample" would draw `image` of `low_res`, float32.
     """
 
     splits_batch = True
@@ -52,6 +53,7 @@ class UpsamplerStage:
         self.diffusion = denoising.process(config.diffusion)
         self.temperature = config.sampling.temperature
         self.sampler = denoising.sampler(self.diffusion, config.sampling)
+        self.invert = denoising.inverter(self.diffusion, config.sampling)
         self.side, self.low_res_side = config.unet.image_size, config.low_res_size
         self.enlarge = config.get("enlarge", "bilinear")
         if self.enlarge not in ENLARGE:
@@ -93,7 +95,8 @@ class UpsamplerStage:
         sample = {"low_res": low_res, **self._caption(batch_size), "id": base.ids(batch_size)}
         # The data makes `low_res` out of the whole image, which must be there to be reduced.
         reconstruct = {**sample, "image": base.pixels(batch_size, self.side)}
-        return {"loss": self.batch_spec(batch_size), "sample": sample, "reconstruct": reconstruct}
+        inverted = {name: x for name, x in reconstruct.items() if name != "id"}
+        return {"loss": self.batch_spec(batch_size), "sample": sample, "reconstruct": reconstruct, "x_T": inverted}
 
     def init(self, rng: jax.Array) -> base.Params:
         channels = 6 + inpainting.CHANNELS * self.inpaints
@@ -152,21 +155,32 @@ class UpsamplerStage:
           known: a part of the images, for an upsampler that draws the rest of them, too.
         """
         enlarged = self._enlarged(low_res)
-        of_first, of_last = (None if p is None else self._call(p, self._read(p, tokens)) for p in (params, last))
-
-        sampler = self.sampler
+        sampler, part = self.sampler, None
         if self.inpaints:
             part = inpainting.given({}, len(enlarged), self.side) if known is None else known
             sampler = part.keeping(sampler)
+        denoise = self._denoiser(params, enlarged, tokens, last, part)
+        return sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
+
+    def _denoiser(
+        self,
+        params: base.Params,
+        enlarged: Float[Array, "b h2 w2 3"],
+        tokens: Tokens | None,
+        last: base.Params | None,
+        known: inpainting.Known | None,
+    ) -> samplers.Denoiser:
+        """Returns the networks as samplers call them."""
+        of_first, of_last = (None if p is None else self._call(p, self._read(p, tokens)) for p in (params, last))
 
         def denoise(x_t, t):
-            x = jnp.concatenate([part.beside(x_t) if self.inpaints else x_t, enlarged], -1)
+            x = jnp.concatenate([x_t if known is None else known.beside(x_t), enlarged], -1)
             if of_last is None:
                 return of_first(x, t)
             # All examples are at one timestep, so one of the two networks runs.
             return jax.lax.cond(t[0] <= self.last_t, of_last, of_first, x, t)
 
-        return sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
+        return denoise
 
     def _read(self, params: base.Params, tokens: Tokens | None, rng: jax.Array | None = None) -> Any:
         """What the network reads of captions at every timestep, if it reads any; with a key some are dropped."""
@@ -193,4 +207,11 @@ class UpsamplerStage:
             images = self.sample(params, batch["low_res"], noise, tokens=batch.get("tokens"), last=last, known=known)
             return to_uint8(images)
 
-        return {"loss": loss, "sample": sample, "reconstruct": sample}
+        def x_T(params, frozen, batch, rng):
+            last, enlarged = frozen["last"] if self.last_steps else None, self._enlarged(batch["low_res"])
+            nothing = inpainting.given({}, len(enlarged), self.side) if self.inpaints else None
+            denoise = self._denoiser(params, enlarged, batch.get("tokens"), last, nothing)
+            # At temperature 0 no noise is read, so any will do.
+            return self.invert(denoise, from_uint8(batch["image"])) / (self.temperature or 1.0)
+
+        return {"loss": loss, "sample": sample, "reconstruct": sample, "x_T": x_T}
