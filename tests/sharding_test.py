@@ -144,6 +144,39 @@ def test_a_layer_gathers_its_weight_and_leaves_the_activations_where_they_are():
     assert kernel.addressable_shards[0].data.shape == (1, 8)
 
 
+def _convolved(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize(
+    ("fn", "names", "shape"),
+    [
+        (jnp.matmul, ("embed", None), (64, 6)),  # pieces as wide as a TPU's tile
+        (jnp.matmul, (None, "embed"), (64, 4)),
+        (_convolved, (None, None, "embed", None), (3, 3, 8, 5)),
+        (_convolved, (None, None, None, "embed"), (3, 3, 5, 8)),
+    ],
+    ids=["matrix", "narrow pieces", "by input channels", "by output channels"],
+)
+def test_a_scattered_gradient_is_that_of_one_device(fn, names, shape):
+    """Of small integers, whose sums are exact in any order."""
+    mesh, rng = sharding.make_mesh({"data": 2, "fsdp": 4}), np.random.RandomState(0)
+    x = rng.randint(-3, 4, (8, 4, 4, shape[-2])).astype(np.float32)
+    kernel = rng.randint(-3, 4, shape).astype(np.float32)
+    towards = rng.randint(-3, 4, (8, 4, 4, shape[-1])).astype(np.float32)
+
+    def loss(kernel, x):
+        return (sharding.product(fn, x, kernel, names) * towards).sum()
+
+    wanted = jax.grad(loss)(jnp.asarray(kernel), jnp.asarray(x))
+    spec = sharding.partition_spec(names, shape, RULES, mesh)
+    stored = jax.device_put(kernel, NamedSharding(mesh, spec))
+    with sharding.on(mesh, RULES):
+        gradient = jax.jit(jax.grad(loss), out_shardings=NamedSharding(mesh, spec))
+        found = gradient(stored, jax.device_put(x, sharding.batch_sharding(mesh)))
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_what_model_splits_is_not_gathered():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
     seen = []
