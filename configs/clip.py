@@ -5,7 +5,8 @@
 `tiny` trains on captioned_shapes in about a minute on one core; `emoji` on a colour-emoji font. `paper` is unCLIP's own
 CLIP: ViT-H/16 with SAM, each replica of 64 pairs for itself; what appendix C does not say is Radford et al.'s (2021).
 `small` trains on one accelerator of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary.
-`diffusers` is a laptop's CLIP that transformers has, too.
+`diffusers` is a laptop's CLIP that transformers has, too. `tiny_noised` and so on read noised images of the decoder's
+size, to guide it while it draws (GLIDE): `--workdir=runs/mine/clip_noised`.
 """
 
 from configs import common
@@ -28,6 +29,28 @@ def _laptop(emoji):
         config.evaluation.update({"label": "shape", "templates": ("a {}", "a small {}", "a large {}")})
         config.evaluation.probe_examples = 2000
     config.sam = _sam(rho=0.0)
+    return config
+
+
+def _noised(config, *, image_size, patch_size):
+    """Reads images as noisy as a decoder has them while it draws, of its size and by its process: to guide it."""
+    config.model.update({"image_size": image_size, "patch_size": patch_size, "noised": True})
+    config.diffusion = common.diffusion()
+    return config
+
+
+def _tiny_noised():
+    config = _noised(_laptop(False), image_size=16, patch_size=4)
+    config.model.vision_stem = (32, 64)
+    config.update(common.durations(total_steps=1200))
+    config.optim.learning_rate = 1e-3
+    return config
+
+
+def _paper_noised():
+    """GLIDE's (section 4.3): patches of 4 of the decoder's 64 pixels; without SAM, of which it says nothing."""
+    config = _noised(_paper(), image_size=64, patch_size=4)
+    config.sam.rho = 0.0
     return config
 
 
@@ -82,6 +105,9 @@ VARIANTS = {
     "diffusers": _diffusers,
     "small": _small,
     "paper": _paper,
+    "tiny_noised": _tiny_noised,
+    "small_noised": lambda: _noised(_small(), image_size=64, patch_size=8),
+    "paper_noised": _paper_noised,
 }
 
 

@@ -45,6 +45,8 @@ def base(*, stage: str, batch_size: int, steps: int) -> ConfigDict:
             "batch_size": batch_size,
             "dtype": "auto",
             "max_nonfinite_steps": 20,
+            # Workdir of a run of this stage that this one goes on from; its moving average becomes the first weights.
+            "begin_from": "",
             **durations(total_steps=steps),
             "data": {
                 "dataset": "captioned_shapes",
@@ -235,6 +237,15 @@ def text_tiny() -> dict:
         "activation": "quick_gelu",
         "remat": "none",
     }
+
+
+def inpainting(config: ConfigDict, unet: ConfigDict, *, steps: int, learning_rate: float) -> ConfigDict:
+    """Makes of a config the one that fine-tunes its run to draw what is missing of an image (GLIDE, section 4.2)."""
+    config.inpaint = True
+    unet.in_channels += 4  # the known part and a mask of it
+    config.update(durations(total_steps=steps))
+    config.optim.learning_rate = learning_rate
+    return config
 
 
 def pixel_sampling(*, method: str, timesteps: str, **more: float) -> dict:

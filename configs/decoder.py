@@ -7,6 +7,10 @@
 of 16 GB. Both want `--config.data.dataset=FOLDER` and OpenAI's vocabulary. `tiny_glide` and so on read captions alone,
 without CLIP; `tiny_text` and so on are trained on z_t in place of z_i (section 5.1). `diffusers` is a laptop's that
 diffusers' unCLIP pipelines can draw with: it has no text encoder of its own, like Karlo's, and predicts eps.
+
+`tiny_inpaint` and so on fine-tune a finished decoder to draw what is missing of an image (GLIDE), the new channels of
+its input beginning as zeros: `--config=configs/decoder.py:tiny_inpaint --config.begin_from=runs/mine/decoder
+--workdir=runs/inpaint/decoder --config.frozen.clip=runs/mine/clip`.
 """
 
 from configs import common
@@ -116,6 +120,10 @@ def _text_embeddings(config):
     return config
 
 
+def _inpaint(config, *, steps, learning_rate):
+    return common.inpainting(config, config.model.unet, steps=steps, learning_rate=learning_rate)
+
+
 VARIANTS = {
     "tiny": lambda: _laptop(False),
     "tiny_glide": lambda: _glide(_laptop(False)),
@@ -128,6 +136,10 @@ VARIANTS = {
     "paper": _paper,
     "paper_glide": lambda: _glide(_paper()),
     "paper_text": lambda: _text_embeddings(_paper()),
+    "tiny_inpaint": lambda: _inpaint(_laptop(False), steps=1000, learning_rate=2e-3),
+    "emoji_inpaint": lambda: _inpaint(_laptop(True), steps=1000, learning_rate=1e-3),
+    "small_inpaint": lambda: _inpaint(_small(), steps=50_000, learning_rate=1.2e-4),
+    "paper_inpaint": lambda: _inpaint(_paper(), steps=80_000, learning_rate=1.2e-4),
 }
 
 

@@ -5,6 +5,9 @@
 `paper_1` (64 -> 256) and `paper_2` (256 -> 1024) are Table 3's (appendix C), trained on crops of a quarter; the first
 samples by GLIDE's 27 steps. `small_1` and `small_2` train on one accelerator of 16 GB. All four want
 `--config.data.dataset=FOLDER`. `diffusers` is the one of a laptop's stack with which diffusers' pipelines can draw.
+
+`tiny_1_inpaint` and so on fine-tune a finished upsampler (`--config.begin_from=runs/mine/upsampler_1`) to go by what is
+known of the large image; see configs/decoder.py.
 """
 
 from configs import common
@@ -93,6 +96,10 @@ def _small(second):
     return _large(config, second, {**size, "channel_mult": _MULT[second], "remat": "full"})
 
 
+def _inpaint(config, *, steps, learning_rate):
+    return common.inpainting(config, config.unet, steps=steps, learning_rate=learning_rate)
+
+
 VARIANTS = {
     "tiny_1": lambda: _laptop(False, False),
     "tiny_2": lambda: _laptop(False, True),
@@ -103,6 +110,12 @@ VARIANTS = {
     "small_2": lambda: _small(True),
     "paper_1": lambda: _paper(False),
     "paper_2": lambda: _paper(True),
+    "tiny_1_inpaint": lambda: _inpaint(_laptop(False, False), steps=400, learning_rate=2e-3),
+    "tiny_2_inpaint": lambda: _inpaint(_laptop(False, True), steps=400, learning_rate=2e-3),
+    "small_1_inpaint": lambda: _inpaint(_small(False), steps=50_000, learning_rate=1.2e-4),
+    "small_2_inpaint": lambda: _inpaint(_small(True), steps=50_000, learning_rate=1e-4),
+    "paper_1_inpaint": lambda: _inpaint(_paper(False), steps=100_000, learning_rate=1.2e-4),
+    "paper_2_inpaint": lambda: _inpaint(_paper(True), steps=100_000, learning_rate=1e-4),
 }
 
 

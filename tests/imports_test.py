@@ -31,8 +31,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("unclip", "training_jobs", "run_report"),
     ("program", "fitting", "report", "feature_networks", "reference_filter", "evaluation_exchange",
      "manipulation"),
-    # inputs: what a program reads; traced_run: a run traced, for the planner; plans: what it says
-    ("inputs", "traced_run", "plans", "evaluated_models"),
+    # inputs: what a program reads; beginnings: weights that it begins with; traced_run: a run traced, for the planner;
+    # plans: what it says
+    ("inputs", "beginnings", "traced_run", "plans", "evaluated_models"),
     ("train", "planning", "image_units"),
     ("plan_search", "plan_tables", "evaluation_job", "artifacts"),
     ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare",

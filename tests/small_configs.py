@@ -26,6 +26,8 @@ VARIANTS = {
     "upsampler": "upsampler.py:tiny_1",
     "upsampler_2": "upsampler.py:tiny_2",
 }
+# Of stages that stand above already, as something else.
+FURTHER = {"clip_noised": "clip.py:tiny_noised"}
 
 
 def _shrunk(section: Mapping[str, Any], *, name: str) -> dict[str, Any]:
@@ -43,12 +45,12 @@ def _shrunk(section: Mapping[str, Any], *, name: str) -> dict[str, Any]:
 
 
 def small(case: str, *, batch_size: int = 16, **overrides: Any) -> ConfigDict:
-    """Returns the small config of one of VARIANTS; overrides are written `optim__grad_clip=0.0`.
+    """Returns the small config of one of VARIANTS or FURTHER; overrides are written `optim__grad_clip=0.0`.
 
     Captions and embeddings are dropped half of the time, so that 16 examples hold every kind; the learning rate is
     constant from the first step on; and Adam's epsilon is large, so that rounding cannot flip an update's sign.
     """
-    values = _shrunk(configs.load(f"configs/{VARIANTS[case]}").to_dict(), name="")
+    values = _shrunk(configs.load(f"configs/{(VARIANTS | FURTHER)[case]}").to_dict(), name="")
     values["batch_size"] = batch_size
     values["optim"].update({"schedule": "constant", "warmup_steps": 0, "warmup_percent": None, "warmup_examples": None})
     values["optim"]["eps"] = 1e-2

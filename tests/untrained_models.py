@@ -60,6 +60,6 @@ def _weights(rng: np.random.Generator, path: Any, shape: tuple[int, ...]) -> jax
 def write_all(folder: pathlib.Path) -> pathlib.Path:
     """Writes all six parts of the paper; returns the folder."""
     for name in unclip.STAGES:
-        if name not in parts.LAST.values():
+        if name not in (parts.NOISED, *parts.LAST.values()):
             write(folder, name)
     return folder

@@ -54,7 +54,7 @@ _CLIP = {
     "vision_input_norm": SWITCH, "vision_pool": TEXT, "vision_pool_heads": SIZE, "vision_projection": TEXT,
     "text_mlp_ratio": Rule(float, 0.1), "text_causal": SWITCH, "text_pool": TEXT,
     "text_end_id": Rule(int, 0, optional=True), "text_projection": TEXT, "norm_epsilon": Rule(float, 1e-12, 1),
-    "mean": Rule(tuple, 0, 1), "std": Rule(tuple, 1e-3, 1),
+    "mean": Rule(tuple, 0, 1), "std": Rule(tuple, 1e-3, 1), "noised": SWITCH,
 }  # fmt: skip
 _TEXT_ENCODER = {
     "context_length": SIZE, "vocab_size": Rule(int, 3), "width": SIZE, "depth": SIZE, "heads": SIZE,
@@ -85,6 +85,7 @@ RULES: dict[str, Any] = {
     "clip": _CLIP,
     "text": _TEXT_ENCODER,  # of an upsampler that reads captions
     "inpaint": SWITCH,
+    "begin_from": TEXT,
     "low_res_size": SIZE,
     "enlarge": TEXT,
     "round_pixels": SWITCH,

@@ -28,9 +28,12 @@ STAGES = {
     "upsampler_1": "upsampler",
     "upsampler_2": "upsampler",
     "upsampler_1_last": "upsampler",
+    "clip_noised": "clip",
 }
 # Upsamplers that take no place in the cascade, but the last steps of another (`sampling.last_steps`): it -> they.
 LAST = {"upsampler_1": "upsampler_1_last"}
+# The CLIP of noised images, which may guide the decoder; the others know nothing of it.
+NOISED = "clip_noised"
 # Options of sampling that configs leave out, as they then are.
 _UNWRITTEN = {"skip_noisiest": 0}
 
@@ -59,7 +62,8 @@ class Part:
 def missing(name: str, models: str) -> str:
     """Returns the sentence that says a part is not there, with the command that trains it."""
     folder = epath.Path(models or "runs/mine")
-    config = f"configs/{STAGES[name]}.py:tiny" + (f"_{name.split('_')[1]}" if STAGES[name] == "upsampler" else "")
+    variant = "_noised" if name == NOISED else f"_{name.split('_')[1]}" if STAGES[name] == "upsampler" else ""
+    config = f"configs/{STAGES[name]}.py:tiny{variant}"
     command = f"python -m unclip_jax.train --config={config} --workdir={folder / name}"
     if STAGES[name] not in ("clip", "upsampler"):
         command += f" --config.frozen.clip={folder / 'clip'}"
@@ -203,9 +207,11 @@ def frozen_of(part: Part, there: Collection[str]) -> dict[str, str]:
     Raises:
       InputError: another network takes the last steps of this one, and is not among the parts that are there.
     """
-    if part.name == "clip":
+    if STAGES[part.name] == "clip":
         return {}
     frozen = {"clip": "clip"} if "clip" in there else {}
+    if hasattr(part.stage, "noised"):  # a decoder that is guided, `stages.clip_guidance`
+        frozen[NOISED] = NOISED
     last_steps = part.config.get("sampling", {}).get("last_steps", 0)
     if last_steps:
         last = LAST.get(part.name, "")

@@ -18,6 +18,8 @@ Progress = Callable[[str, int, int], None]
 # Part -> the noise [n, ...] that its sampling starts from, and that [n, steps, ...] of its steps (`stages.base.noise`),
 # None where that is drawn.
 Noise = Mapping[str, tuple[np.ndarray, np.ndarray | None]]
+# Part -> optional fields [n, ...] of its functions, such as a known part of the images (`stages.inpainting.given`).
+Extra = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class Drawing(TypedDict, total=False):
@@ -27,12 +29,14 @@ class Drawing(TypedDict, total=False):
       seed: any integer from 0 to 2^32 - 1; 0 by default.
       ids: n integers, uint32, which with the seed name the noise; 0 … n - 1 by default.
       noise: by part, what is given in its place.
+      extra: by part, fields that it reads besides.
       progress: called with (part, things done, n) after each batch.
     """
 
     seed: int
     ids: Sequence[int] | None
     noise: Noise | None
+    extra: Extra | None
     progress: Progress | None
 
 
@@ -80,7 +84,7 @@ class Predictor:
         if not count:
             raise InputError("there is nothing to make: give at least one caption, embedding or image")
         numbered = "id" in part.stage.predict_specs(self.microbatch)[function]
-        whole = {**fields, "id": numbers} if numbered else dict(fields)
+        whole = {**fields, **(drawing.get("extra") or {}).get(name, {}), **({"id": numbers} if numbered else {})}
         if noise and name in noise:
             given = zip(("x_T", "noise"), noise[name], strict=True)
             whole |= {field: np.asarray(x, np.float32) for field, x in given if x is not None}

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from unclip_jax import checkpoint, digests, fitting, goodput, hosts, metrics, programs, sharding
+from unclip_jax import beginnings, checkpoint, digests, fitting, goodput, hosts, metrics, programs, sharding
 from unclip_jax import config as configs
 from unclip_jax.clock import Clock
 from unclip_jax.errors import InputError
@@ -67,6 +68,8 @@ class Run:
         self.fingerprint = {**self.input.fingerprint, **{f"frozen.{name}": x for name, x in networks.items()}}
         hosts.check_same("input", self.fingerprint)
         self.evaluators = self._evaluators()
+        begun = bool(checkpoint.steps_of(self.workdir / checkpoint.FOLDER))
+        self.beginning = None if begun else beginnings.read(self.program, networks)
         changed = configs.claim_workdir(self.workdir, config, accept_changes=accept_changes)
         for key, (old, new) in changed.items():
             _LOG.warning("resuming with config.%s=%r, which was %r", key, new, old)
@@ -116,8 +119,13 @@ class Run:
         with self.goodput.span(goodput.RESTORE):
             restored = self.saver.restore(self.program.state)
         if restored is None:
-            measured = self._measured()  # while there is no state yet: it takes memory, too
+            # While there is no state yet: it takes memory, too.
+            measured = self.beginning.statistics if self.beginning else self._measured()
             state = self.program.init(jax.random.key(self.config.seed))
+            if self.beginning:
+                params = self.beginning.put(state.params)
+                state = dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+                self.beginning = None
             if measured:
                 state = dataclasses.replace(state, statistics={**state.statistics, **measured})
                 self._save(state)

@@ -21,6 +21,8 @@ from unclip_jax.errors import InputError, nearest
 
 Denoiser = Callable[[AnyData, Timesteps], ModelOutput]
 XStartProcessor = Callable[[AnyData, Timesteps], AnyData]
+# Of (x_t, original timesteps): the gradient by x_t of the log-probability of what is wanted, times any scale.
+Guide = Callable[[AnyData, Timesteps], AnyData]
 
 # Of |x_start| in dynamic thresholding, where a config names no other.
 QUANTILE = 0.995
@@ -89,6 +91,8 @@ class Step:
       eps: the noise that agrees with x_t and x_start.
       v_range: variance channels of a learned range, else None.
       previous_x_start: x_start of the step before (zeros at the first).
+      gradient: what ancestral steps add to their mean, times its variance; None where nothing guides, and for the
+        other methods, which have it in x_start and eps.
       noise: draws this step's standard normal noise.
       eta: DDIM's share of fresh noise.
       x_start_variance: float32 [T] over the original timesteps, or None.
@@ -101,6 +105,7 @@ class Step:
     eps: AnyData
     v_range: AnyData | None
     previous_x_start: AnyData
+    gradient: AnyData | None
     noise: Callable[[], AnyData]
     eta: int | float
     x_start_variance: Float[Array, "T"] | None
@@ -112,13 +117,18 @@ class Step:
         """1.0, or 0.0 at the last step, after which there is no noise."""
         return self.lookup(np.arange(len(self.diffusion.alpha_bars)) > 0)
 
+    def ancestral(self, deviation: AnyData) -> AnyData:
+        """Draws the reverse step with this standard deviation. Guidance moves its mean (GLIDE, section 2.4)."""
+        mean = self.diffusion.q_posterior(x_start=self.x_start, x_t=self.x_t, t=self.t).mean
+        if self.gradient is not None:
+            mean = mean + jnp.square(deviation) * self.gradient
+        return mean + self.not_last() * deviation * self.noise()
+
 
 def _ddpm(step: Step, *, variance: Variance | None = None) -> AnyData:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the process's own choice of variance, or a fixed one."""
     process = step.diffusion if variance is None else dataclasses.replace(step.diffusion, variance=variance)
-    mean = process.q_posterior(x_start=step.x_start, x_t=step.x_t, t=step.t).mean
-    log_variance = process.log_variance(step.v_range, t=step.t, like=step.x_t)
-    return mean + step.not_last() * jnp.exp(0.5 * log_variance) * step.noise()
+    return step.ancestral(jnp.exp(0.5 * process.log_variance(step.v_range, t=step.t, like=step.x_t)))
 
 
 def _analytic(step: Step) -> AnyData:
@@ -126,11 +136,10 @@ def _analytic(step: Step) -> AnyData:
     not known of x_start."""
     process = step.diffusion
     assert step.x_start_variance is not None
-    mean = process.q_posterior(x_start=step.x_start, x_t=step.x_t, t=step.t).mean
     unknown = step.x_start_variance[jnp.asarray(process.timesteps)[step.t]]
     unknown = jnp.maximum(unknown, 0).reshape(step.t.shape + (1,) * (step.x_t.ndim - 1))
     variance = step.lookup(process.posterior_variance) + step.lookup(process.posterior_x_start_weight**2) * unknown
-    return mean + step.not_last() * jnp.sqrt(variance) * step.noise()
+    return step.ancestral(jnp.sqrt(variance))
 
 
 def _ddim(step: Step) -> AnyData:
@@ -166,6 +175,8 @@ METHODS: dict[str, Callable[[Step], AnyData]] = {
     "ddim": _ddim,
     "dpmpp_2m": _dpmpp_2m,
 }
+# Those that guidance reaches through `Step.ancestral`.
+_ANCESTRAL = ("ddpm", "ddpm_small", "ddpm_large", "analytic")
 
 
 def sample(
@@ -178,6 +189,7 @@ def sample(
     timesteps: int | str | Int[np.ndarray, "n"],
     eta: int | float = 0.0,
     process_x_start: XStartProcessor | None = None,
+    guide: Guide | None = None,
     x_start_variance: Float[Array, "T"] | None = None,
 ) -> AnyData:
     """Samples x_0, float32, shaped as x_T, with one network call per timestep.
@@ -193,6 +205,9 @@ def sample(
       eta: DDIM's share of fresh noise, in [0, 1].
       process_x_start: fn(x_start, t) -> x_start, applied to every prediction before it is clipped to
         `diffusion.clip_x_start`: dynamic thresholding, or pasting a known region.
+      guide: fn(x_t, t) -> the scaled gradient of a log-probability, such as a noised CLIP's similarity. Ancestral steps
+        add it to their mean, times the variance (Dhariwal & Nichol 2021, algorithm 1); for the others it joins the
+        score (algorithm 2), here before x_start is clipped: where there is hardly any signal, what it adds is large.
       x_start_variance: for "analytic": E |x_start - prediction|^2 per dimension at each original timestep, [T].
 
     Raises:
@@ -208,7 +223,9 @@ def sample(
     def advance(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:
         x_t, previous_x_start = carry
         t = jnp.full((batch,), count - 1 - number, jnp.int32)
-        x_start, eps, v_range = _predict(process, denoise_fn, x_t, t, process_x_start)
+        gradient = None if guide is None else guide(x_t, jnp.asarray(process.timesteps, jnp.int32)[t])
+        joins = None if method in _ANCESTRAL else gradient
+        x_start, eps, v_range = _predict(process, denoise_fn, x_t, t, process_x_start, joins)
         step = Step(
             diffusion=process,
             x_t=x_t,
@@ -217,6 +234,7 @@ def sample(
             eps=eps,
             v_range=v_range,
             previous_x_start=previous_x_start,
+            gradient=gradient if joins is None else None,
             noise=lambda: draw_noise(keys, shape, step=number),
             eta=eta,
             x_start_variance=x_start_variance,
@@ -311,17 +329,24 @@ def dynamic_threshold(quantile: int | float = QUANTILE, *, bound: int | float = 
 
 
 def _predict(
-    process: GaussianDiffusion, denoise_fn: Denoiser, x_t: Array, t: Array, process_x_start: XStartProcessor | None
+    process: GaussianDiffusion,
+    denoise_fn: Denoiser,
+    x_t: Array,
+    t: Array,
+    process_x_start: XStartProcessor | None,
+    gradient: Array | None,
 ) -> tuple[Array, Array, Array | None]:
-    """Calls the network once; x_start, and an eps that agrees with it even where it was clipped."""
+    """Calls the network once; x_start, and an eps that agrees with it even where it was guided or clipped."""
     timesteps = jnp.asarray(process.timesteps, jnp.int32)[t]
     predicted, v_range = process.split_output(denoise_fn(x_t, timesteps))
     x_start = process.predict_x_start(predicted, x_t=x_t, t=t)
+    if gradient is not None:
+        x_start = x_start + gather((1 - process.alpha_bars) / np.sqrt(process.alpha_bars), t, x_t) * gradient
     if process_x_start is not None:
         x_start = process_x_start(x_start, timesteps)
     if process.clip_x_start is not None:
         x_start = jnp.clip(x_start, *process.clip_x_start)
-    if process_x_start is None and process.clip_x_start is None:
+    if gradient is None and process_x_start is None and process.clip_x_start is None:
         return x_start, process.predict_eps(predicted, x_t=x_t, t=t), v_range
     return x_start, process.eps_from_x_start(x_start, x_t=x_t, t=t), v_range
 

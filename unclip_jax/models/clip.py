@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from unclip_jax.arrays import Embeddings, Images, Tokens
+from unclip_jax.arrays import Embeddings, Images, Timesteps, Tokens
 from unclip_jax.errors import InputError
 from unclip_jax.models.clip_resnet import ModifiedResNet
 from unclip_jax.models.clip_towers import MEAN, STD, TextTransformer, VisionTransformer
@@ -26,6 +26,7 @@ class CLIP(nn.Module):
     Attributes: as in the towers; `vision_*` and `text_*` are each tower's own. Only `vision_layers` chooses:
       vision_layers: blocks in each stage of a ResNet, (3, 4, 6, 3) in RN50; () is the vision transformer. A ResNet
         has `vision_width` channels and `vision_heads` at its end, and none of the other `vision_*` nor `patch_size`.
+      noised: whether its images are noised and come with their timestep, see VisionTransformer.
       image_tower: False for one that came without, with which captions can be read and nothing else: Karlo's text to
         image has no need of more. The fields of that tower are not read then.
     """
@@ -59,6 +60,7 @@ class CLIP(nn.Module):
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
     image_tower: bool = True
+    noised: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
@@ -68,6 +70,8 @@ class CLIP(nn.Module):
             raise InputError(f"CLIP's mean {tuple(self.mean)} and std {tuple(self.std)} are of red, green and blue")
         if not self.image_tower:
             return
+        if self.noised and self.vision_layers:
+            raise InputError("CLIP's vision_layers make a ResNet, which reads no timestep: leave out noised")
         if not self.vision_layers:
             if not (self.patch_size and self.vision_depth):
                 raise InputError("CLIP's vision transformer needs patch_size and vision_depth, a ResNet vision_layers")
@@ -110,6 +114,7 @@ class CLIP(nn.Module):
                 pool=self.vision_pool,
                 pool_heads=self.vision_pool_heads,
                 projection=self.vision_projection,
+                noised=self.noised,
                 stem=self.vision_stem,
                 mean=self.mean,
                 std=self.std,
@@ -135,19 +140,22 @@ class CLIP(nn.Module):
         )
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
 
-    def encode_image(self, images: Images) -> Embeddings:
-        """Embeds images in [-1, 1]; float32 [b, embed_dim], not normalised."""
-        return self.read_image(images)[0]
+    def encode_image(self, images: Images, t: Timesteps | None = None) -> Embeddings:
+        """Embeds images in [-1, 1], noised ones with their timesteps; float32 [b, embed_dim], not normalised."""
+        return self.read_image(images, t)[0]
 
     def encode_text(self, tokens: Tokens) -> Embeddings:
         """Embeds captions; float32 [b, embed_dim], not normalised."""
         return self.read_text(tokens)[0]
 
-    def read_image(self, images: Images) -> tuple[Embeddings, Float[Array, "b n k"]]:
+    def read_image(self, images: Images, t: Timesteps | None = None) -> tuple[Embeddings, Float[Array, "b n k"]]:
         """Embeds images in [-1, 1], and returns the tower's last features too: see `__call__` of the towers."""
         if not self.image_tower:
             raise InputError("this CLIP has no image tower, it only reads captions: import it with its image encoder")
-        return self.vision(images)
+        if (t is not None) != self.noised:
+            reads = "noised images, with their timesteps" if self.noised else "clean images, without timesteps"
+            raise InputError(f"this CLIP (noised={self.noised}) reads {reads}")
+        return self.vision(images, t) if self.noised else self.vision(images)
 
     def read_text(self, tokens: Tokens) -> tuple[Embeddings, Float[Array, "b n k"]]:
         """Embeds captions, and returns the features of each token after the final norm, float32 [b, n, text_width]."""
@@ -156,13 +164,15 @@ class CLIP(nn.Module):
     def read_all(self, images: Images, tokens: Tokens) -> None:
         """Calls each tower that is there once: for `init`."""
         if self.image_tower:
-            self.encode_image(images)
+            self.encode_image(images, jnp.zeros(len(images), jnp.int32) if self.noised else None)
         self.encode_text(tokens)
 
-    def __call__(self, images: Images, tokens: Tokens) -> tuple[Embeddings, Embeddings, Float[Array, ""]]:
+    def __call__(
+        self, images: Images, tokens: Tokens, t: Timesteps | None = None
+    ) -> tuple[Embeddings, Embeddings, Float[Array, ""]]:
         """Returns image embeddings, text embeddings (neither normalised) and the log of the logit scale.
 
         Raises:
           InputError: if images or captions do not have the sizes of this CLIP.
         """
-        return self.encode_image(images), self.encode_text(tokens), self.logit_scale
+        return self.encode_image(images, t), self.encode_text(tokens), self.logit_scale

@@ -14,9 +14,18 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from unclip_jax.arrays import Embeddings, Images, Tokens
+from unclip_jax.arrays import Embeddings, Images, Timesteps, Tokens
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.models.layers import ACTIVATIONS, GroupNorm, conv, dense, embedding, layer_norm, learned
+from unclip_jax.models.layers import (
+    ACTIVATIONS,
+    GroupNorm,
+    conv,
+    dense,
+    embedding,
+    layer_norm,
+    learned,
+    timestep_embedding,
+)
 from unclip_jax.models.transformer import Transformer, causal_mask
 
 # Mean and standard deviation of RGB in [0, 1] by which OpenAI's CLIP normalises images.
@@ -96,6 +105,9 @@ class VisionTransformer(nn.Module):
         (CoCa's, whose other queries serve its captions).
       pool_heads: of that query.
       projection: "linear", "biased" or "none".
+      noised: whether images are noised and come with their timestep (GLIDE's, to guide a diffusion model): an
+        embedding of it is added to every token, and is zero before training, so that a CLIP of clean images may be
+        gone on from.
       stem: channels of 3x3 convolutions of stride 2 that come before the patches are embedded, none in the paper. A
         small tower learns shapes from few examples with them, hardly without (Xiao et al., 2021, "Early convolutions
         help transformers see better"). Each halves the image, and `patch_size` must be 2 to their number.
@@ -117,6 +129,7 @@ class VisionTransformer(nn.Module):
     pool: str = "class"
     pool_heads: int = 8
     projection: str = "linear"
+    noised: bool = False
     stem: Sequence[int] = ()
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
@@ -140,8 +153,8 @@ class VisionTransformer(nn.Module):
             )
 
     @nn.compact
-    def __call__(self, images: Images) -> tuple[Embeddings, Float[Array, "b n k"]]:
-        """Reads images in [-1, 1] of `image_size`.
+    def __call__(self, images: Images, t: Timesteps | None = None) -> tuple[Embeddings, Float[Array, "b n k"]]:
+        """Reads images in [-1, 1] of `image_size`; noised ones with their timesteps.
 
         Returns:
           Embeddings, float32, not normalised; and the residual stream after the last block, float32 [b, 1 + patches,
@@ -162,6 +175,10 @@ class VisionTransformer(nn.Module):
         cls = learned(self, "class", (self.width,), stddev=stddev).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (batch, 1, self.width)), x], 1)
         x = x + learned(self, "positions", (x.shape[1], self.width), stddev=stddev).astype(x.dtype)
+        if self.noised:
+            assert t is not None
+            h = dense(self.width, role="mix", name="time_1")(timestep_embedding(t, self.width))
+            x = x + dense(self.width, role="mix", scale=0.0, name="time_2")(nn.silu(h))[:, None].astype(x.dtype)
         if self.input_norm:
             x = layer_norm(dtype=self.dtype, epsilon=self.epsilon, name="ln_pre")(x)
         x, _ = Transformer(

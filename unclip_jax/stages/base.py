@@ -150,6 +150,10 @@ def network(make: type[Network], fields: Mapping[str, Any] | ConfigDict, dtype: 
 
 def clip_network(config: ConfigDict) -> CLIP:
     """Returns the frozen CLIP that `config.clip` describes. It runs in float32: it is the data of the other stages."""
+    if config.clip.get("noised"):
+        raise InputError(
+            "config.clip.noised: a CLIP of noised images guides decoders; stages embed by one of clean images"
+        )
     return network(CLIP, config.clip, jnp.dtype(jnp.float32), where="config.clip")
 
 
@@ -204,7 +208,8 @@ def normalize(z: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 
 def embed_images(clip: CLIP, params: Params, images: UInt8[Array, "b h w 3"], *, unit: bool = True) -> Embeddings:
     """Returns z_i: CLIP's embeddings of uint8 images, float32, without gradient; of length 1, or as they are."""
-    z_i: Any = clip.apply(params, from_uint8(images), method="encode_image")
+    cleanest = (jnp.zeros(len(images), jnp.int32),) if clip.noised else ()
+    z_i: Any = clip.apply(params, from_uint8(images), *cleanest, method="encode_image")
     return jax.lax.stop_gradient(normalize(z_i) if unit else z_i.astype(jnp.float32))
 
 

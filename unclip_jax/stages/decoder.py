@@ -5,6 +5,7 @@ The paper's ablations are configs of this stage: without captions (no `model.tex
 only when sampled. Karlo's decoder is one, too: with `model.caption` "clip" captions are read by the frozen CLIP.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -28,8 +29,9 @@ class DecoderStage:
     in the field `z_i`. Two fields of "sample" are optional: without `z_i` the embedding is dropped, as in training;
     `negative_tokens`, and `negative_z_t` if it reads text embeddings, are what guidance steers away from. Noise may be
     given, see `base.noise`. With `config.round_pixels` False "pixels" is there too: "sample" before it is rounded to
-    8 bits, which diffusers' pipelines never do between their stages. With `config.inpaint` "sample" may be given a part
-    of the image, see `inpainting.given`. "x_T" is the noise from which "sample" would draw `image`, float32.
+    8 bits, which diffusers' pipelines never do between their stages. "sample" may be given a part of the image, see
+    `inpainting.given`; with `config.inpaint` the network has learned to read it. "x_T" is the noise from
+    which "sample" would draw `image`, float32.
     """
 
     splits_batch = True
@@ -178,6 +180,7 @@ class DecoderStage:
         negative_z_t: Embeddings | None = None,
         x_T: Float[Array, "b s s 3"] | None = None,
         known: inpainting.Known | None = None,
+        guide: samplers.Guide | None = None,
     ) -> Float[Array, "b s s 3"]:
         """Returns float images in [-1, 1] from embeddings and captions; of these, None is one that is dropped.
 
@@ -191,17 +194,18 @@ class DecoderStage:
           negative_z_t: their embeddings, in place of the null one; for a decoder that reads text embeddings. Of an
             image there is none: what the negative caption would look like is for a prior to say.
           x_T: initial noise, by default that of the keys.
-          known: a part of the images, for a decoder that draws the rest; by default, to one, nothing is known.
+          known: a part of the images, which they keep; by default nothing is known.
+          guide: what sampling is guided by besides, see `samplers.sample`.
 
         Raises:
           InputError: a negative prompt, but guidance_scale 1.
         """
         n = (keys.x_T if isinstance(keys, samplers.GivenNoise) else keys).shape[0]
         guided = self._guided(params, frozen, n, (tokens, z_i), (negative_tokens, negative_z_t))
-        sampler = self.sampler
-        if self.inpaints:
-            part = inpainting.given({}, n, self.side) if known is None else known
-            sampler = part.keeping(sampler)
+        part = inpainting.nothing(n, self.side) if known is None else known
+        sampler = self.sampler if known is None else known.keeping(self.sampler)
+        if guide is not None:
+            sampler = functools.partial(sampler, guide=part.elsewhere(guide))
         return sampler(
             (lambda x_t, t: guided(part.beside(x_t), t)) if self.inpaints else guided,
             samplers.initial_noise(keys, (self.side, self.side, 3)) if x_T is None else x_T,
@@ -233,6 +237,11 @@ class DecoderStage:
         scale = self.sampling.guidance_scale
         return classifier_free(denoise, condition(*given), condition(*null), scale=scale, guided_channels=3)
 
+    def guide(self, frozen: Any, batch: base.Batch) -> samplers.Guide | None:
+        """What "sample" is guided by besides, of a batch's fields: nothing here, see `clip_guidance`."""
+        del frozen, batch
+        return None
+
     def predict_fns(self) -> dict[str, base.Predict]:
         def loss(params, frozen, batch, rng):
             return self.loss(params, frozen, batch, rng, train=False)
@@ -246,7 +255,8 @@ class DecoderStage:
                 base.noise(rng, batch),
                 negative_tokens=batch.get("negative_tokens"),
                 negative_z_t=batch.get("negative_z_t"),
-                known=inpainting.given(batch, len(batch["id"]), self.side) if self.inpaints else None,
+                known=inpainting.given(batch),
+                guide=self.guide(frozen, batch),
             )
             return jnp.clip(images, -1, 1)
 
@@ -260,7 +270,7 @@ class DecoderStage:
         def x_T(params, frozen, batch, rng):
             n = len(batch["image"])
             guided = self._guided(params, frozen, n, (batch.get("tokens"), batch.get("z_i")), (None, None))
-            nothing = inpainting.given({}, n, self.side)
+            nothing = inpainting.nothing(n, self.side)
             denoise = (lambda x_t, t: guided(nothing.beside(x_t), t)) if self.inpaints else guided
             return self.invert(denoise, from_uint8(batch["image"]))
 

@@ -33,8 +33,8 @@ LowRes = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
 class UpsamplerStage:
     """Trains p(x | low_res); predicts images of `image_size` from images of `low_res_size`.
 
-    For "sample", `low_res` may also be float in [-1, 1], and noise may be given, see `base.noise`. "x_T" is the noise
-    from which "sample" would draw `image` of `low_res`, float32.
+    For "sample", `low_res` may also be float in [-1, 1], noise may be given, see `base.noise`, and a part of the image,
+    see `inpainting.given`. "x_T" is the noise from which "sample" would draw `image` of `low_res`, float32.
     """
 
     splits_batch = True
@@ -152,14 +152,12 @@ class UpsamplerStage:
           keys: one per example, or the noise itself.
           tokens: captions, where it reads any.
           last: weights of the network that takes the last steps, where `sampling.last_steps` says that there is one.
-          known: a part of the images, for an upsampler that draws the rest of them, too.
+          known: a part of the images, which they keep; by default nothing is known.
         """
         enlarged = self._enlarged(low_res)
-        sampler, part = self.sampler, None
-        if self.inpaints:
-            part = inpainting.given({}, len(enlarged), self.side) if known is None else known
-            sampler = part.keeping(sampler)
-        denoise = self._denoiser(params, enlarged, tokens, last, part)
+        sampler = self.sampler if known is None else known.keeping(self.sampler)
+        told = inpainting.nothing(len(enlarged), self.side) if known is None else known
+        denoise = self._denoiser(params, enlarged, tokens, last, told if self.inpaints else None)
         return sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
 
     def _denoiser(
@@ -203,13 +201,13 @@ class UpsamplerStage:
         def sample(params, frozen, batch, rng):
             last = frozen["last"] if self.last_steps else None
             noise = base.noise(rng, batch)
-            known = inpainting.given(batch, len(batch["id"]), self.side) if self.inpaints else None
+            known = inpainting.given(batch)
             images = self.sample(params, batch["low_res"], noise, tokens=batch.get("tokens"), last=last, known=known)
             return to_uint8(images)
 
         def x_T(params, frozen, batch, rng):
             last, enlarged = frozen["last"] if self.last_steps else None, self._enlarged(batch["low_res"])
-            nothing = inpainting.given({}, len(enlarged), self.side) if self.inpaints else None
+            nothing = inpainting.nothing(len(enlarged), self.side) if self.inpaints else None
             denoise = self._denoiser(params, enlarged, batch.get("tokens"), last, nothing)
             # At temperature 0 no noise is read, so any will do.
             return self.invert(denoise, from_uint8(batch["image"])) / (self.temperature or 1.0)
