@@ -55,7 +55,7 @@ def encode(session: Session) -> str:
                  for name in codec.drawers}  # fmt: skip
         shown.append([image for pair in pairs.values() for image in pair])
         said.append({name: float(psnr(again[None], given[None])[0]) for name, (given, again) in pairs.items()})
-    headings = [f"{name}, {what}" for name in codec.drawers for what in ("given", "again")]
+    headings = [f"{what}, {side} px" for side in codec.sides.values() for what in ("given", "again")]
     labels = [" ".join(f"{name} {_db(value)}" for name, value in row.items()) for row in said]
     results.save(SHEET, motion.sheet(labels, shown, headings=headings), {})
     rows = [{"image": picture.path, "psnr_db": {name: _db(value) for name, value in row.items()}}

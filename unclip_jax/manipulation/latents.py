@@ -83,7 +83,7 @@ class Latents:
           InputError: there is no such file, or it holds something else.
         """
         try:
-            with np.load(path) as file:
+            with path.open("rb") as opened, np.load(opened) as file:
                 x_T = {key.removeprefix("x_T."): file[key] for key in file if key.startswith("x_T.")}
                 return cls(file["z_i"], x_T, tuple(str(caption) for caption in file["captions"]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
