@@ -30,14 +30,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predictor", "quickstart_report", "run_curves", "jobs", "evaluation_pages"),
     ("unclip", "training_jobs", "run_report"),
     ("program", "fitting", "report", "feature_networks", "reference_filter", "evaluation_exchange",
-     "manipulation"),
+     "manipulation", "probing"),
     # inputs: what a program reads; beginnings: weights that it begins with; traced_run: a run traced, for the planner;
     # plans: what it says
     ("inputs", "beginnings", "traced_run", "plans", "evaluated_models"),
     ("train", "planning", "image_units"),
     ("plan_search", "plan_tables", "evaluation_job", "artifacts"),
     ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare",
-     "human_study", "preferences"),
+     "human_study", "preferences", "probe"),
     ("quickstart_results", "ablation_tables"),
     ("quickstart", "ablation_cells"),  # quickstart: runs the others
     ("ablations",),  # so does this

@@ -163,6 +163,27 @@ def sample_scene(
     return Scene(kinds, relation, background, _place_pair(rng, kinds, relation, spread))
 
 
+def placed(description: Description, rng: np.random.Generator, *, spread: float = 1.0) -> Scene:
+    """Draws where the objects of a description lie: a scene that its caption is true of.
+
+    Args:
+      description: one that says everything: sizes, colours and the background.
+      rng, spread: as of `sample_scene`.
+
+    Raises:
+      InputError: something is left unsaid, or the spread lies outside [0, 1].
+    """
+    if not description.background or not all(kind.size and kind.colour for kind in description.kinds):
+        said = caption(description)
+        raise InputError(f"{said!r} cannot be drawn: say the size and colour of each object, and the background")
+    if not 0.0 <= spread <= 1.0:
+        raise InputError(f"spread is {spread}; it must lie in [0, 1]")
+    kinds, relation = description.kinds, description.relation
+    alone = len(kinds) == 1
+    where = (_place_alone(rng, kinds[0], spread),) if alone else _place_pair(rng, kinds, relation, spread)
+    return Scene(kinds, relation, description.background, where)
+
+
 def scene_at(
     *, seed: int, split: str, index: int, two_object_fraction: float = 0.5, spread: float = 1.0
 ) -> Scene:
