@@ -178,6 +178,8 @@ def test_the_oracle_counts_scenes_as_what_they_are():
     # The same pictures under captions with the objects exchanged: all there, nothing bound.
     wrong = binding.counted(given.pictures, [exchanged(caption) for caption in given.captions])
     assert wrong["mixed"].mean() >= 0.95 and not wrong["bound"].any()
+    assert found["colours"].mean() >= 0.95 and not found["exchanged"].any()
+    np.testing.assert_array_equal(wrong["exchanged"], wrong["colours"])
     # And without one of the two objects nothing is present.
     other = binding.problems(40, seed=2)
     apart = [set(a.split()) != set(b.split()) for a, b in zip(given.captions, other.captions, strict=True)]
@@ -198,6 +200,8 @@ def test_problems_come_in_pairs_that_differ_in_binding_alone():
     assert binding.counted(asked.pictures, asked.captions)["bound"].all()
     with pytest.raises(InputError, match="binding needs two"):
         binding.of_captions(["a red square"])
+    with pytest.raises(InputError, match="need two colours"):
+        binding.of_captions(["a red square above a red ring"])
     with pytest.raises(InputError, match="cannot be drawn: say the size and colour"):
         binding.of_captions(["a square above a blue square"])
 
@@ -206,12 +210,16 @@ def test_shares_average_draws_before_they_count_scenes():
     """Two draws of four scenes: 8 images, but 4 independent ones."""
     present = np.array([[1.0, 1, 0, 0], [1, 1, 1, 0]])
     mixed = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0]])
-    verdicts = [{"present": p, "mixed": m, "bound": p - m} for p, m in zip(present, mixed, strict=True)]
+    verdicts = [
+        {"present": p, "mixed": m, "bound": p - m, "colours": p, "exchanged": 0 * p}
+        for p, m in zip(present, mixed, strict=True)
+    ]
     found = binding.shares(verdicts)
     by_scene = present.mean(0)
     assert found["present"].value == pytest.approx(5 / 8)
     assert found["present"].standard_error == pytest.approx(np.std(by_scene, ddof=1) / 2)
     assert found["mixed_of_present"].value == pytest.approx(2 / 5)
+    assert found["exchanged_of_colours"] == (0, 0)
     nothing = binding.shares([{name: np.zeros(4) for name in binding.VERDICTS}])
     assert math.isnan(nothing["mixed_of_present"].value)
 

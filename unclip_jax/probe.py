@@ -301,11 +301,15 @@ def count_rank(options: Any, stop: Callable[[], None]) -> str:
     return "\n".join(lines)
 
 
-def _stated(value: Any) -> dict[str, float]:
-    return {"value": float(value.value), "standard_error": float(value.standard_error)}
+def _stated(value: Any) -> dict[str, float | None]:
+    """A number and its error for JSON, which knows no NaN."""
+    numbers = {"value": value.value, "standard_error": value.standard_error}
+    return {name: None if np.isnan(number) else float(number) for name, number in numbers.items()}
 
 
 def _percent(value: Any) -> str:
+    if np.isnan(value.value):
+        return "–"
     return f"{100 * value.value:.1f} ± {196 * value.standard_error:.1f}%"
 
 

@@ -4,7 +4,9 @@ The paper finds that unCLIP binds attributes to objects worse than GLIDE does, a
 and attributes", since CLIP's embedding does not bind them. Here scenes of two objects are rendered, drawn again from
 their own z_i and from what a prior makes of their captions, and read by the oracle: an image that shows just the two
 colours and the two shapes that it should has the attributes *present*; one in which they also belong together and lie
-as the caption says has them *bound*. Where they are present and not bound they were *mixed up*.
+as the caption says has them *bound*. Where they are present and not bound they were *mixed up*. Small models draw
+colours long before shapes, so colours are counted alone, too: both there, one for each object, and *exchanged* where
+they lie the other way round.
 """
 
 import dataclasses
@@ -27,7 +29,9 @@ from unclip_jax.probing import pictures
 # What is drawn: from the picture's own embedding, from a prior's, from that and the caption, from the caption alone.
 OWN, PRIOR, BOTH, CAPTION = "own z_i", "prior's z_i", "prior's z_i + caption", "caption alone"
 SOURCES = (OWN, PRIOR, BOTH, CAPTION)
-VERDICTS = ("present", "bound", "mixed")
+VERDICTS = ("present", "bound", "mixed", "colours", "exchanged")
+# What is mixed up, as a share of the images that show what could be: of a guess, exchanged colours are half.
+RATIOS = {"mixed_of_present": ("mixed", "present"), "exchanged_of_colours": ("exchanged", "colours")}
 _RENDERED = 64  # pixels a side of scenes
 
 
@@ -87,13 +91,15 @@ def of_captions(captions: Sequence[str], *, seed: int = 0, side: int = _RENDERED
     """Renders captions of two objects; what a caption leaves out is drawn: a size is large, a background white.
 
     Raises:
-      InputError: a caption is no sentence of `captioned_shapes`, has one object or leaves out a colour.
+      InputError: a caption is no sentence of `captioned_shapes`, has one object or one colour, or leaves a colour out.
     """
     rng, found = np.random.default_rng(seed), []
     for caption in captions:
         said = scenes.parse_caption(caption)
         if len(said.kinds) != 2:
             raise InputError(f"{caption!r} has one object, and binding needs two")
+        if said.kinds[0].colour == said.kinds[1].colour:
+            raise InputError(f"the objects of {caption!r} need two colours, for these tell which is which")
         kinds = tuple(dataclasses.replace(kind, size=kind.size or "large") for kind in said.kinds)
         whole = dataclasses.replace(said, kinds=kinds, background=said.background or "white")
         found.append(scenes.placed(whole, rng, spread=0.5))
@@ -108,18 +114,25 @@ def rendered(found: Sequence[Scene], *, side: int = _RENDERED) -> Problems:
 
 
 def verdict(reading: Reading, said: Description) -> dict[str, float]:
-    """Returns of one image, each 0 or 1: whether attributes are "present", "bound" and "mixed"; see the module."""
+    """Returns each of VERDICTS for one image, 0 or 1; see the module. The two objects said have different colours."""
     shown = reading.objects
-    present = sorted(o.colour for o in shown) == sorted(kind.colour for kind in said.kinds) and sorted(
-        o.shape for o in shown
-    ) == sorted(kind.shape for kind in said.kinds)
-    ordered = [o for kind in said.kinds for o in shown if (o.colour, o.shape) == (kind.colour, kind.shape)]
-    bound = present and len(ordered) == 2 and oracle.relation(*ordered) == said.relation
-    return {"present": float(present), "bound": float(bound), "mixed": float(present and not bound)}
+    colours = sorted(one.colour for one in shown) == sorted(kind.colour for kind in said.kinds)
+    ordered = [one for kind in said.kinds for one in shown if one.colour == kind.colour]
+    lie = oracle.relation(*ordered) if colours else ""
+    shapes = [one.shape for one in ordered], [kind.shape for kind in said.kinds]
+    present = colours and sorted(shapes[0]) == sorted(shapes[1])
+    bound = present and shapes[0] == shapes[1] and lie == said.relation
+    return {
+        "present": float(present),
+        "bound": float(bound),
+        "mixed": float(present and not bound),
+        "colours": float(colours),
+        "exchanged": float(colours and lie == scenes.OPPOSITE[said.relation]),
+    }
 
 
 def counted(images: UInt8[np.ndarray, "n s s 3"], captions: Sequence[str]) -> dict[str, Float64[np.ndarray, "n"]]:
-    """Returns the verdicts of images: "present", "bound" and "mixed" -> 0 or 1 for each.
+    """Returns the verdicts of images: each of VERDICTS -> 0 or 1 for each.
 
     Raises:
       InputError: not as many captions as images, or images of fewer than 16 pixels.
@@ -162,18 +175,17 @@ def redrawn(
 def shares(verdicts: Sequence[Mapping[str, Float64[np.ndarray, "n"]]]) -> dict[str, Estimate]:
     """Returns each of VERDICTS with its standard error, from the verdicts of several seeds on the same scenes.
 
-    A scene's draws are no independent samples: they are averaged first, and errors are over scenes. There is also
-    "mixed_of_present", the share mixed up among images that show the attributes at all: a ratio, whose error is by
-    linearisation, and NaN where nothing is present.
+    A scene's draws are no independent samples: they are averaged first, and errors are over scenes. Those of RATIOS
+    are by linearisation; a ratio is NaN where nothing is there that could be mixed up.
     """
     means = {name: np.mean([one[name] for one in verdicts], axis=0) for name in VERDICTS}
     found: dict[str, Estimate] = {}
     for name, values in means.items():
         measured = uncertainty.mean(values)
         found[name] = Estimate(measured.value, measured.standard_error)
-    present = found["present"].value
-    if not present:
-        return {**found, "mixed_of_present": Estimate(float("nan"), float("nan"))}
-    ratio = found["mixed"].value / present
-    apart = uncertainty.mean((means["mixed"] - ratio * means["present"]) / present)
-    return {**found, "mixed_of_present": Estimate(ratio, apart.standard_error)}
+    for name, (part, whole) in RATIOS.items():
+        there = found[whole].value
+        ratio = found[part].value / there if there else float("nan")
+        apart = uncertainty.mean((means[part] - ratio * means[whole]) / there).standard_error if there else float("nan")
+        found[name] = Estimate(ratio, apart)
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Unpack
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from unclip_jax import unclip
 from unclip_jax.errors import InputError
@@ -21,7 +21,7 @@ from unclip_jax.unclip import Vectors
 PAPER_COUNTS = (20, 30, 40, 80, 120, 160, 200, 320)
 
 
-def fit(batches: Iterable[Vectors]) -> PrincipalComponents:
+def fit(batches: Iterable[Float[np.ndarray, "_ d"]]) -> PrincipalComponents:
     """Returns all principal components of embeddings that come in batches, float [n, d].
 
     Raises:
