@@ -5,11 +5,15 @@
     python -m unclip_jax.manipulate interpolate --models=… --image=a.png --image=b.png --format=sheet,gif --out=blend
     python -m unclip_jax.manipulate textdiff --models=… --image=a.png --text="a small red star" --out=diff
     python -m unclip_jax.manipulate arithmetic --models=… --image=a.png --plus="a star" --minus="a ring" --out=sum
+    python -m unclip_jax.manipulate inpaint --models=… --image=a.png --mask=hole.png --caption="a red star" --out=filled
+    python -m unclip_jax.manipulate outpaint --models=… --image=a.png --left=50% --right=50% --caption=… --out=wide
+    python -m unclip_jax.manipulate edit --models=… --image=a.png --edits=edits.jsonl --out=edited
+    python -m unclip_jax.manipulate rerank --models=… --folder=images --caption="a red star" --keep=8 --out=best
 
-docs/manipulations.md shows them. `--image` may be given several times; each is cut to its central square and encoded
-by CLIP and by running DDIM backwards. Pictures carry what made them as text, seeds are in their names, `manifest.json`
-lists the options. Stopped by SIGTERM or Ctrl-C (exit code 42) a command keeps what is written, and the same command
-goes on; a folder that holds anything else is refused.
+docs/manipulations.md shows them. `--image` may be given several times; the first five cut each to its central square
+and encode it by CLIP and by running DDIM backwards. Pictures carry what made them as text, seeds are in their names,
+`manifest.json` lists the options. Stopped by SIGTERM or Ctrl-C (exit code 42) a command keeps what is written, and the
+same command goes on; a folder that holds anything else is refused.
 """
 
 import dataclasses
@@ -20,9 +24,13 @@ from absl import flags
 
 from unclip_jax import hosts, programs
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.manipulation import commands, motion
+from unclip_jax.manipulation import commands, fillings, motion
 from unclip_jax.manipulation.session import Session
 from unclip_jax.stopping import Polled, Stopped, Stopping
+
+# Flags of most commands: those that results depend on, and those that they do not.
+_SHARED = ("caption", "seed", "steps", "skip_noisiest", "guidance_scale", "threshold", "last", "weights", "stages")
+_APART = ("models", "image", "out", "format", "batch_size", "devices_per_image", "compile_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +40,21 @@ class Command:
     Attributes:
       run: does it, and returns a sentence of what there is now.
       needs: flags that must be given beside _NEEDED.
-      reads: flags that it reads beside those that all do; others are refused.
+      reads: flags that it reads beside `shared` and _APART; others are refused.
+      shared: those of _SHARED that it reads.
+      overrides: flags that it reads where they are given; otherwise what the parts' runs say holds.
     """
 
     run: Callable[[Session], str]
     needs: tuple[str, ...] = ("image",)
     reads: tuple[str, ...] = ()
+    shared: tuple[str, ...] = _SHARED
+    overrides: tuple[str, ...] = ()
+
+
+def _filling(run: Callable[[Session], str], *reads: str, needs: tuple[str, ...] = ("image",)) -> Command:
+    shared = ("caption", "seed", "last", "weights")
+    return Command(run, needs, (*reads, *fillings.READS), shared, tuple(fillings.OVERRIDES))
 
 
 COMMANDS: dict[str, Command] = {
@@ -48,11 +65,12 @@ COMMANDS: dict[str, Command] = {
         commands.textdiff, needs=("image", "text"), reads=("text", "baseline", "theta", "frames", "fps")
     ),
     "arithmetic": Command(commands.arithmetic, reads=("plus", "minus", "plus_image", "minus_image", "strength")),
+    "inpaint": _filling(fillings.inpaint, "mask", "box"),
+    "outpaint": _filling(fillings.outpaint, "left", "top", "right", "bottom", "overlap"),
+    "edit": _filling(fillings.edit, "edits", "fps", needs=("image", "edits")),
+    "rerank": Command(fillings.rerank, needs=("caption",), reads=("folder", "keep"), shared=("caption",)),
 }
 _NEEDED = ("models", "out")
-# Flags of all commands: those that results depend on, and those that they do not.
-_SHARED = ("caption", "seed", "steps", "skip_noisiest", "guidance_scale", "threshold", "last", "weights", "stages")
-_APART = ("models", "image", "out", "format", "batch_size", "devices_per_image", "compile_cache")
 
 
 def define_flags() -> None:
@@ -75,6 +93,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("devices_per_image", 1, "Devices that share an image that one cannot hold.", lower_bound=1)
     flags.DEFINE_string("compile_cache", "~/.cache/unclip_jax", "Compiled programs, kept between runs; '' is off.")
     commands.define_flags()
+    fillings.define_flags()
 
 
 def check_flags(name: str, command: Command, options: Any) -> None:
@@ -86,18 +105,18 @@ def check_flags(name: str, command: Command, options: Any) -> None:
     for flag in (*_NEEDED, *command.needs):
         if not options[flag].value:
             raise InputError(f"--{flag} is missing; {name} needs --{', --'.join((*_NEEDED, *command.needs))}")
-    known = {*_SHARED, *_APART, *command.reads}
-    mine = {flag for other in COMMANDS.values() for flag in other.reads}
+    known = {*command.shared, *_APART, *command.reads, *command.overrides}
+    mine = {flag for other in COMMANDS.values() for flag in (*other.reads, *other.shared)}
     for flag in sorted(mine - known):
         if options[flag].present:
-            raise InputError(f"{name} does not read --{flag}; {nearest(flag, command.reads or _SHARED)}")
+            raise InputError(f"{name} does not read --{flag}; {nearest(flag, command.reads or command.shared)}")
     motion.check_formats(options.format)
 
 
 def run(name: str, options: Any, stop: Polled) -> int:
     """Runs a command with the flags `options`; returns an exit code."""
     command = COMMANDS[name]
-    given = {flag: options[flag].value for flag in (*_SHARED, *command.reads)}
+    given = {flag: options[flag].value for flag in (*command.shared, *command.reads)}
     try:
         print(command.run(Session(name, options, given, stop)), flush=True)
     except Stopped:

@@ -121,8 +121,12 @@ class Session:
             last=options.last,
         )
 
-    def results(self, model: unclip.UnCLIP, images: Sequence[str]) -> Results:
+    def results(
+        self, model: unclip.UnCLIP, images: Sequence[str], *, sampling: Mapping[str, Any] | None = None
+    ) -> Results:
         """Returns the folder --out, of results of these images (their digests).
+
+        `sampling` is how parts draw, by name, where flags do not say all of it.
 
         Raises:
           InputError: it holds something else.
@@ -136,6 +140,7 @@ class Session:
                 "images": list(images),
                 "versions": provenance.versions(),
                 "device": jax.devices()[0].device_kind,
+                **({"sampling": dict(sampling)} if sampling else {}),
             },
         )
 
