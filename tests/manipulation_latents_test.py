@@ -160,6 +160,15 @@ def test_variations_differ_by_their_ids_alone(model, encoded):
     assert (fresh[0] == fresh[1]).all() and (fresh[0] != fresh[2]).any() and (fresh[0] != drawn[0]).any()
 
 
+def test_details_may_be_drawn_as_the_model_draws_them(model, encoded):
+    """The upsampler's part is then the model's own; only the decoder is encoded for."""
+    codec = Codec(model, steps=4, details="drawn")
+    assert codec.at(0.0).parts["upsampler_1"] is model.parts["upsampler_1"]
+    assert codec.at(0.0).parts["decoder"].config.sampling.timesteps == "4"
+    with pytest.raises(InputError, match="did you mean 'drawn'"):
+        Codec(model, details="drown")
+
+
 def test_latents_are_read_as_they_were_written(encoded, tmp_path):
     encoded.latents.save(tmp_path / "a.npz")
     again = Latents.load(tmp_path / "a.npz")

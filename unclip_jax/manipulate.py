@@ -24,12 +24,14 @@ from absl import flags
 
 from unclip_jax import hosts, programs
 from unclip_jax.errors import InputError, nearest
-from unclip_jax.manipulation import commands, fillings, motion
+from unclip_jax.manipulation import commands, fillings, latents, motion
 from unclip_jax.manipulation.session import Session
 from unclip_jax.stopping import Polled, Stopped, Stopping
 
 # Flags of most commands: those that results depend on, and those that they do not.
-_SHARED = ("caption", "seed", "steps", "skip_noisiest", "guidance_scale", "threshold", "last", "weights", "stages")
+_SHARED = (
+    "caption", "seed", "steps", "skip_noisiest", "guidance_scale", "threshold", "last", "details", "weights", "stages",
+)  # fmt: skip
 _APART = ("models", "image", "out", "format", "batch_size", "devices_per_image", "compile_cache")
 
 
@@ -85,6 +87,7 @@ def define_flags() -> None:
     flags.DEFINE_float("guidance_scale", 1.0, "Guidance of the decoder; 1 is none.")
     flags.DEFINE_string("threshold", "none", "What drawing does with pixels out of range: static, dynamic or none.")
     flags.DEFINE_string("last", None, "Part to draw up to: decoder, upsampler_1 …; by default all.")
+    flags.DEFINE_enum("details", "kept", latents.DETAILS, "Upsamplers start from the picture's own x_T, or draw anew.")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "The moving average of the weights, or the last ones.")
     flags.DEFINE_enum("stages", "last", ["last", "all"], "Write the last part's images only, or every part's.")
     flags.DEFINE_list("format", ["sheet"], "What shows all images at once: sheet, gif, mp4, or several.")

@@ -29,6 +29,8 @@ from unclip_jax.parts import Part
 from unclip_jax.predictor import Drawing, Progress
 from unclip_jax.stages import base
 
+# What upsamplers start from: the x_T of the image, or noise as in any other drawing.
+DETAILS = ("kept", "drawn")
 # Side lengths are free: parts draw images of several.
 Noise = Float[np.ndarray, "n _ _ 3"]
 Pixels = UInt8[np.ndarray, "n _ _ 3"]
@@ -135,6 +137,7 @@ class Codec:
         guidance_scale: float = 1.0,
         threshold: str = "none",
         last: str | None = None,
+        details: str = "kept",
     ):
         """Takes a model; its weights are shared, its sampling is not changed.
 
@@ -145,6 +148,9 @@ class Codec:
           guidance_scale: of the decoder, in encoding and drawing; 1 is none.
           threshold: what is done with predicted pixels out of range when drawing; "none", "static" or "dynamic".
           last: the part that images are drawn up to; by default the last upsampler.
+          details: one of DETAILS. "kept" encodes images for the upsamplers, too, so they come back whole; with "drawn"
+            upsamplers sample as their own configs say, for images that are to become others: what an upsampler knows
+            of an image (edges, textures) would shine through.
 
         Raises:
           InputError: the model lacks a part or is of another kind, with what trains one; or an option is unknown.
@@ -156,11 +162,15 @@ class Codec:
             if last not in self.drawers:
                 raise InputError(f"there is no part {last!r} to draw up to; {nearest(last, self.drawers)}")
             self.drawers = self.drawers[: self.drawers.index(last) + 1]
+        if details not in DETAILS:
+            raise InputError(f"details are not {details!r}; {nearest(details, DETAILS)}")
         self._model = model
         options = {"method": "ddim", "timesteps": str(steps), "skip_noisiest": skip_noisiest, "threshold": threshold}
-        self._options: dict[str, dict[str, Any]] = {name: dict(options) for name in self.drawers}
+        encoded = self.drawers if details == "kept" else ["decoder"]
+        self._options: dict[str, dict[str, Any]] = {name: {**options, "eta": 0.0} for name in encoded}
         self._options["decoder"]["guidance_scale"] = guidance_scale
         self._chains: dict[float, unclip.UnCLIP] = {}
+        self._parts: dict[Any, Part] = {}
         self.at(0.0)
 
     @property
@@ -174,15 +184,16 @@ class Codec:
         return {name: _stage(self._model.part(name)).side for name in self.drawers}
 
     def at(self, eta: float) -> unclip.UnCLIP:
-        """Returns the chain that samples with this share of fresh noise, from 0 to 1; all have the same weights.
+        """Returns the chain whose decoder draws with this share of fresh noise, from 0 to 1; all have the same weights.
 
         Raises:
           InputError: eta is out of range, or an option of sampling is not one.
         """
         if eta not in self._chains:
             kept = {"clip", *self.drawers, *(parts.LAST.get(name, "") for name in self.drawers)}
+            options = {**self._options, "decoder": {**self._options["decoder"], "eta": eta}}
             found = {
-                name: _sampled(part, {**self._options[name], "eta": eta}) if name in self._options else part
+                name: self._sampled(part, options[name]) if name in options else part
                 for name, part in self._model.parts.items()
                 if name in kept
             }
@@ -262,7 +273,8 @@ class Codec:
         for name in self.drawers:
             fields = {"image": targets[name], **chain.words(name, latents.captions)}
             fields["z_i" if before is None else "low_res"] = latents.z_i if before is None else before
-            x_T[name] = chain.predictor.run(name, "x_T", fields, **drawing)
+            if name in self._options:
+                x_T[name] = chain.predictor.run(name, "x_T", fields, **drawing)
             before = self._drawn(chain, name, dataclasses.replace(latents, x_T=x_T), before, drawing)
             again[name] = _rounded(before)
         return Encoded(dataclasses.replace(latents, x_T=x_T), targets, again)
@@ -280,7 +292,8 @@ class Codec:
 
         Args:
           latents: n.
-          eta: share of fresh noise in every step, from 0 to 1. At 0 an image is a function of its latents.
+          eta: share of fresh noise in every step of the decoder, from 0 to 1. At 0 an image is a function of its
+            latents.
           seed, ids: which with each other name the noise of an image: that of steps where eta is not 0, and x_T of
             parts for which the latents have none.
           progress: see Drawing.
@@ -299,6 +312,14 @@ class Codec:
             before = self._drawn(chain, name, latents, before, drawing)
             made[name] = _rounded(before)
         return made
+
+    def _sampled(self, part: Part, options: Mapping[str, Any]) -> Part:
+        """A part that samples in another way; the same one for the same way, whose programs chains then share."""
+        key = (part.name, tuple(options.items()))
+        if key not in self._parts:
+            config = parts.with_sampling(part.config, options, name=part.name)
+            self._parts[key] = dataclasses.replace(part, config=config, stage=base.create(config))
+        return self._parts[key]
 
     @staticmethod
     def _drawn(
@@ -332,11 +353,6 @@ def check_decoder(part: Part) -> None:
 
 def _stage(part: Part) -> Any:
     return part.stage
-
-
-def _sampled(part: Part, options: Mapping[str, Any]) -> Part:
-    config = parts.with_sampling(part.config, options, name=part.name)
-    return dataclasses.replace(part, config=config, stage=base.create(config))
 
 
 def _rounded(images: np.ndarray) -> np.ndarray:

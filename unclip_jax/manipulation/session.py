@@ -119,6 +119,7 @@ class Session:
             guidance_scale=options.guidance_scale,
             threshold=options.threshold,
             last=options.last,
+            details=options.details,
         )
 
     def results(

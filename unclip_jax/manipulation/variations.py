@@ -1,4 +1,4 @@
-"""Variations: images that share z_i, drawn with fresh noise in every step (section 3.1)."""
+"""Variations: images that share z_i, drawn with fresh noise in the decoder's steps (section 3.1)."""
 
 import numpy as np
 
