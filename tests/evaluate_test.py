@@ -11,6 +11,7 @@ import sys
 import time
 
 import coco_files
+import export_test
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -25,11 +26,13 @@ from unclip_jax import (
     evaluate,
     evaluation_exchange,
     evaluation_pages,
+    export,
     feature_networks,
     reference_filter,
     unclip,
 )
 from unclip_jax import config as configs
+from unclip_jax.artifacts import components, evaluations
 from unclip_jax.data import embedding_units, embeddings, images
 from unclip_jax.errors import InputError
 from unclip_jax.evaluated_models import EvaluatedModels, Point
@@ -86,7 +89,7 @@ def measure(results, key="fid", point=0):
 # ---------------------------------------------------------------- what it measures
 
 
-def test_images_are_those_of_generate_and_numbers_those_of_their_features(short, models, config, tmp_path):
+def test_images_are_those_of_generate_and_numbers_those_of_their_features(short, models, folder, config, tmp_path):
     job = EvaluationJob(config, models, tmp_path, reference=tmp_path / "reference")
     results = job.run(Share(), stop=nothing)
     chain = models.at(models.own)
@@ -113,6 +116,7 @@ def test_images_are_those_of_generate_and_numbers_those_of_their_features(short,
     again = EvaluationJob(config, models, tmp_path, reference=tmp_path / "reference")
     assert again.run(Share(), stop=nothing)["points"] == results["points"]  # nothing is made anew, nothing changes
     exported(tmp_path, made.images["decoder"], real)
+    carded(tmp_path, folder, results)
 
 
 def exported(workdir, pixels, real):
@@ -134,6 +138,22 @@ def exported(workdir, pixels, real):
         references.read(path, expected={"protocol": protocols.named("emoji").digest})
     with pytest.raises(InputError, match="holds no images of an evaluation"):
         evaluation_exchange.export(out, out, form="npz")
+
+
+def carded(workdir, folder, results):
+    """The card of an export has these numbers, if it is the weights that were scored that are exported."""
+    (workdir / "results.json").write_text(json.dumps(results))
+    record = {**export_test.OPTIONS, "workdir": str(folder / "decoder"), "evaluation": str(workdir)}
+    export.run(record, str(workdir / "decoder"), command="", poll=nothing)
+    card = (workdir / "decoder" / "README.md").read_text()
+    value, error = evaluation_pages.stated(measure(results)["value"], measure(results)["standard_error"])
+    assert f"| {SHORT.name} | {SHORT.digest} |" in card and f"| {value} ± {error} |" in card and "decoder 0" in card
+    for name, says in (("prior_ar", "none of which is exported"), ("decoder", "scored other weights of decoder")):
+        others = write(workdir / "others", name, seed=1)
+        with pytest.raises(InputError, match=says):
+            evaluations.read(str(workdir), components.describe({name: str(others)}), weights="ema")
+    with pytest.raises(InputError, match="holds no results that can be read"):
+        evaluations.read(str(folder), components.describe({"clip": str(folder / "clip")}), weights="ema")
 
 
 def test_score_reads_images_as_the_protocol_does(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ STAR = "a small red star on a white background"
 OPTIONS = {
     "format": "safetensors", "clip": "", "weights": "ema", "dtype": "float32", "compute": "", "prior": "",
     "sampling": [], "vocabulary": "", "license": "", "shard_mb": 4096, "parts": [], "pipeline": "unclip",
-    "target": "local",
+    "target": "local", "evaluation": "",
 }  # fmt: skip
 
 
@@ -180,6 +181,26 @@ def test_weights_alone_are_those_of_the_moving_average(models, tmp_path, dtype, 
         name = by_path[tuple(key.key for key in path)]
         assert there[name].dtype == type_
         np.testing.assert_array_equal(there[name], np.asarray(leaf).astype(type_))
+
+
+def test_an_export_is_made_again_with_its_own_options(models, tmp_path):
+    """The archive is the checkpoint: what it became is told by the files' hashes."""
+    copied = tmp_path / "models"
+    shutil.copytree(models / "upsampler_1", copied / "upsampler_1")
+    old, new, third = (tmp_path / name for name in ("old", "new", "third"))
+    write(copied, old, dtype="bfloat16", shard_mb=1, license="cc0-1.0")
+    done = run("-m", "unclip_jax.export", f"--re_export={old}", f"--out={new}")
+    assert done.returncode == programs.DONE, done.stderr
+    assert "byte for byte, those of the earlier export" in done.stdout
+    first, second = (folders.read_manifest(str(folder)) for folder in (old, new))
+    assert first["record"] == second["record"] and first["files"] == second["files"]
+    assert len([name for name in second["files"] if name.endswith(".safetensors")]) == 2  # of 1.5 MB
+    assert "cc0-1.0" in (new / "README.md").read_text()
+    shutil.rmtree(copied)
+    config = small_configs.small(untrained_models.CASES["upsampler_1"])
+    untrained_models.save(copied / "upsampler_1", config, seed=1)
+    write(copied, third, dtype="bfloat16", shard_mb=1)
+    assert "NOT those of the earlier" in export.compared(first["files"], folders.read_manifest(str(third))["files"])
 
 
 def test_shards_hold_everything_once(tmp_path):

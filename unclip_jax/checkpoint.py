@@ -321,7 +321,8 @@ def _read_items(
 
     def read() -> dict[str, Any]:
         # Orbax's handlers and not its checkpointers, which wait for hosts that may have found damage meanwhile.
-        reader, folder = ocp.StandardCheckpointHandler(), directory / str(step)
+        reader = ocp.StandardCheckpointHandler(restore_concurrent_gb=_gb_in_flight(wanted))
+        folder = directory / str(step)
         try:
             return {
                 item: reader.restore(folder / _folder_of(meta, item), args=ocp.args.StandardRestore(tree))
@@ -345,6 +346,12 @@ def _read_items(
             absent = {name: x for name, x in abstract[item].items() if name not in tree}
             items[item] = {**items.get(item, {}), **jax.tree.map(_zeros, absent)}
     return items
+
+
+def _gb_in_flight(abstract: Any) -> int:
+    """Returns what may be read and not yet placed at once: room for any one array, however the file has cut it."""
+    largest = max((x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)), default=0)
+    return 1 + 2 * largest // 10**9
 
 
 def _without_unmeasured(item: str, tree: Any, meta: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from unclip_jax import hosts, programs, provenance
 from unclip_jax.artifacts import (
     components,
     diffusers_folders,
+    evaluations,
     folders,
     karlo_configs,
     model_card,
@@ -45,7 +46,7 @@ _LOG = logging.getLogger("unclip_jax.export")  # __name__ is "__main__" where th
 # Flags that an export's manifest records, and --re_export takes from there.
 _RECORDED = (
     "format", "workdir", "parts", "clip", "weights", "dtype", "compute", "prior", "sampling", "pipeline", "target",
-    "vocabulary", "license", "shard_mb",
+    "vocabulary", "license", "shard_mb", "evaluation",
 )  # fmt: skip
 _FORMAT_VERSION = 1
 
@@ -67,6 +68,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("target", "local", list(diffusers_folders.TARGETS), "diffusers: where the folder is loaded from.")
     flags.DEFINE_string("vocabulary", "", "The vocabulary of the runs, where it has moved.")
     flags.DEFINE_string("license", "", "Identifier of the weights' licence, for the model card.")
+    flags.DEFINE_string("evaluation", "", "Workdir of unclip_jax.evaluate whose results the model card is to show.")
     flags.DEFINE_integer("shard_mb", 4096, "Larger weights of a part are written as several files.", lower_bound=1)
 
 
@@ -106,6 +108,7 @@ def run(record: Mapping[str, Any], out: str, *, command: str, poll: Callable[[],
     where = components.find(record["workdir"], with_clip=kind != "safetensors", clip=record["clip"])
     where = _chosen(where, record["parts"])
     found = components.describe(where, sampling=sampling_options(record["sampling"]), dtype=record["compute"])
+    results = evaluations.read(record["evaluation"], found, weights=record["weights"])
     if kind == "stablehlo":  # what would fail after minutes of writing fails here
         stablehlo.functions(found, stablehlo.chain(found, prior=record["prior"]))
     elif kind == "diffusers":
@@ -126,7 +129,7 @@ def run(record: Mapping[str, Any], out: str, *, command: str, poll: Callable[[],
         folder.manifest(about)
         card = model_card.render(
             found, about, counts, license=license, command=command,
-            limits=karlo_configs.notes(found) if kind == "diffusers" else (),
+            limits=karlo_configs.notes(found) if kind == "diffusers" else (), evaluation=evaluations.render(results),
         )  # fmt: skip
         (folder.path / model_card.CARD).write_text(card, encoding="utf-8")
     size = sum(file["bytes"] for file in folder.files.values())
@@ -211,8 +214,8 @@ def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Says whether the weights of an export are those of an earlier one."""
+def compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Returns a sentence: whether an export's weights are those of an earlier one, by the files of their manifests."""
     weights = [name for name in {**old, **new} if name.endswith(".safetensors")]
     differing = sorted(name for name in weights if old.get(name) != new.get(name))
     if differing:
@@ -237,7 +240,7 @@ def main(argv: Sequence[str]) -> int:
     command = shlex.join(["python", "-m", "unclip_jax.export", *sys.argv[1:]])
     print(run(record, options.out, command=command, poll=stopping.now))
     if old:
-        print(_compared(old["files"], folders.read_manifest(options.out)["files"]))
+        print(compared(old["files"], folders.read_manifest(options.out)["files"]))
     return programs.DONE
 
 

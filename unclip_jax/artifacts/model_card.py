@@ -77,6 +77,7 @@ def render(
     license: str,
     command: str,
     limits: Sequence[str] = (),
+    evaluation: str = "",
 ) -> str:
     """Returns the card as Markdown, with the front matter that the Hugging Face Hub reads.
 
@@ -87,6 +88,7 @@ def render(
       license: an identifier.
       command: that made the export.
       limits: known of this model besides those of any unCLIP.
+      evaluation: Markdown about an evaluation of these weights.
     """
     parts = [
         {
@@ -114,6 +116,7 @@ def render(
         parts=parts,
         results=[row for one in components.values() for row in results(one)],
         limits=limits,
+        evaluation=evaluation,
         license=license,
         command=command,
         built=about["built"],

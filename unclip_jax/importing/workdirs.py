@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,8 @@ from unclip_jax.stages import base
 
 _LOG = logging.getLogger(__name__)
 _VOCABULARY = "vocabulary"  # of a workdir
+# Bytes of an array that are compressed and written as one, and of a file of a checkpoint.
+_PIECE = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _save(
 
     Args:
       workdir: of the run, without checkpoints.
-      params, statistics: as in a state; NumPy arrays, which are not copied.
+      params, statistics: as in a state; NumPy arrays, which are not copied. Beside them a few pieces are in memory.
       config: what they are weights of.
       extra: more JSON for `meta`: `data`, what they were trained on, and where they are from.
     """
@@ -131,17 +133,29 @@ def _save(
     meta = {"step": 0, "config": config.to_dict(), "arrays": arrays, "items": {"ema": "params"}, **extra}
     meta["digest"] = checkpoint.meta_digest(meta)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
-    with ocp.CheckpointManager(workdir / checkpoint.FOLDER, options=options) as manager:
-        saves = {name: ocp.args.StandardSave(jax.tree.map(_uncopied, tree)) for name, tree in items.items()}
+    handlers: dict[str, Any] = {
+        name: ocp.PyTreeCheckpointHandler(type_handler_registry=_registry()) for name in items
+    }
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    with ocp.CheckpointManager(workdir / checkpoint.FOLDER, options=options, item_handlers=handlers) as manager:
+        saves = {name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_PIECE) for name, tree in items.items()}
         manager.save(0, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
 
 
-class _Uncopied(np.ndarray):
-    """An array of which Orbax's copy, made lest it change while it is written, is itself: writing is waited for."""
+class _InTurn(ocp.type_handlers.NumpyHandler):
+    """Writes an array when the one before it is on disk.
 
-    def __deepcopy__(self, memo: Any) -> "_Uncopied":
-        return self
+    Orbax would begin with all of them at once, and what is compressed sooner than it is written would wait in memory.
+    """
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        for number, (value, info) in enumerate(zip(values, infos, strict=True)):
+            for written in await super().serialize([value], [info], args[number : number + 1] if args else None):
+                written.result()
+        return []
 
 
-def _uncopied(x: Any) -> Any:
-    return x.view(_Uncopied) if type(x) is np.ndarray else x
+def _registry() -> Any:
+    # No copies: nobody changes the arrays while they are written, for that is waited for.
+    handlers = ((np.ndarray, _InTurn(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler()))
+    return ocp.type_handlers.create_type_handler_registry(*handlers)
