@@ -28,7 +28,7 @@ class Shades(Codec):
     sides, microbatch = {"decoder": SIDE}, 2
 
     def __init__(self):
-        self.drawers, self.asked = ["decoder"], []
+        self.model, self.drawers, self.asked = unclip.UnCLIP({}), ["decoder"], []
 
     def embed_images(self, images):
         return np.stack([image.reshape(-1, 3).mean(0) for image in images]).astype(np.float32)
@@ -192,6 +192,8 @@ def test_arithmetic_adds_and_takes_away_by_its_strength(run, pictures):
     ("interpolate", [], "needs two pictures"),
     ("interpolate", ["--image=SAME", "--draws=2"], "use --noise=fixed"),
     ("arithmetic", [], "nothing to add or to take away"),
+    ("arithmetic", ["--minus_image=SAME"], "cancel out"),
+    ("textdiff", ["--text=red", "--baseline=red"], "caption 0 and its baseline have the same embedding"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_computed(run, pictures, command, words, says):
     with pytest.raises(InputError, match=says):

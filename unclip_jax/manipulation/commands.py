@@ -39,7 +39,8 @@ def define_flags() -> None:
 
 def encode(session: Session) -> str:
     """Encodes pictures and draws them again."""
-    codec, pictures, captions, results = _begun(session)
+    codec, pictures, captions = _begun(session)
+    results = _opened(session, codec, pictures)
 
     def each(numbers: Sequence[int], found: Encoded) -> None:
         for row, number in enumerate(numbers):
@@ -71,7 +72,8 @@ def variations(session: Session) -> str:
     etas = numbers_of(options.eta, "eta")
     if not all(0 <= eta <= 1 for eta in etas):
         raise InputError(f"--eta={','.join(options.eta)}: the share of fresh noise is from 0 to 1")
-    codec, pictures, captions, results = _begun(session)
+    codec, pictures, captions = _begun(session)
+    results = _opened(session, codec, pictures)
     latents = session.encoded(codec, pictures, captions, results)
     rows = repeated(latents, samples=options.samples)
     frames: dict[float, list[Frame]] = {}
@@ -101,7 +103,8 @@ def interpolate(session: Session) -> str:
         raise InputError("interpolate needs two pictures at least: --image=ONE --image=OTHER")
     if options.draws > 1 and options.noise != "fixed":
         raise InputError(f"--draws={options.draws} draws x_T, and --noise={options.noise} does not; use --noise=fixed")
-    codec, pictures, captions, results = _begun(session)
+    codec, pictures, captions = _begun(session)
+    results = _opened(session, codec, pictures)
     latents = session.encoded(codec, pictures, captions, results)
     count = len(pictures) - 1
     path = interpolation.between(
@@ -121,11 +124,11 @@ def interpolate(session: Session) -> str:
     ]
     whole = np.arange(len(path)).reshape(count, 1, len(shares)).repeat(len(seeds), axis=1).reshape(-1)
     session.draw(codec, frames, path.take(whole), results)
-    rows = {
-        f"{pictures[number].name}-to-{pictures[number + 1].name}" + (f"-seed{seed}" if fixed else ""): None
+    names = [
+        f"{pictures[number].name}-to-{pictures[number + 1].name}" + (f"-seed{seed}" if fixed else "")
         for number, seed in itertools.product(range(count), seeds)
-    }
-    return _paths(session, results, list(rows), frames, shares)
+    ]
+    return _paths(session, results, names, frames, shares)
 
 
 def textdiff(session: Session) -> str:
@@ -137,11 +140,12 @@ def textdiff(session: Session) -> str:
         raise InputError(f"--theta={options.theta:g} is out of range: above 0 and up to 1; the paper's are 0.25 to 0.5")
     shares = interpolation.thetas(options.frames, most=options.theta)
     texts = [_said(text, "text") for text in options.text]
-    codec, pictures, captions, results = _begun(session)
+    codec, pictures, captions = _begun(session)
     baseline = captions_lib.clean(options.baseline)
     z_t = codec.embed_text([*texts, *([baseline] if baseline else [])])
     z_t0 = z_t[len(texts) :].repeat(len(texts), axis=0) if baseline else None
     z_d = text_diffs.direction(z_t[: len(texts)], z_t0)
+    results = _opened(session, codec, pictures)
     latents = session.encoded(codec, pictures, captions, results)
     pairs = list(itertools.product(range(len(pictures)), range(len(texts))))
     path = text_diffs.along(latents.take([n for n, _ in pairs]), z_d[[k for _, k in pairs]], shares)
@@ -170,21 +174,17 @@ def arithmetic(session: Session) -> str:
     others = {sign: ([_said(text, "plus or --minus") for text in texts], session.pictures(images))
               for sign, (texts, images) in signs.items()}  # fmt: skip
     given = [picture.digest for _, images in others.values() for picture in images]
-    codec, pictures, captions, results = _begun(session, others=given)
+    codec, pictures, captions = _begun(session)
     terms: list[tuple[float, unclip.Vectors]] = []
     for sign, (texts, images) in others.items():
         found = [codec.embed_text(texts)] if texts else []
         found += [codec.embed_images([picture.pixels for picture in images])] if images else []
         terms += [(sign, z[None]) for z in np.concatenate(found)] if found else []
+    z_i = codec.embed_images([picture.pixels for picture in pictures])
+    wanted = [sums.combined([(1.0, z_i), *((strength * sign, z) for sign, z in terms)]) for strength in strengths]
+    results = _opened(session, codec, pictures, others=given)
     latents = session.encoded(codec, pictures, captions, results)
-    moved = [
-        Latents(
-            sums.combined([(1.0, latents.z_i), *((strength * sign, z) for sign, z in terms)]),
-            latents.x_T,
-            latents.captions,
-        )
-        for strength in strengths
-    ]
+    moved = [Latents(z, latents.x_T, latents.captions) for z in wanted]
     frames = [
         _frame(
             picture,
@@ -219,15 +219,18 @@ def numbers_of(words: Sequence[str], flag: str) -> list[float]:
     return list(dict.fromkeys(found))
 
 
-def _begun(session: Session, *, others: Sequence[str] = ()) -> tuple[Codec, list[Picture], list[str], Results]:
-    """Reads and checks all that a command is given, and opens its folder; nothing is computed."""
+def _begun(session: Session) -> tuple[Codec, list[Picture], list[str]]:
+    """Reads and checks all that a command is given; nothing is computed."""
     pictures = session.pictures(session.options.image)
     captions = session.captions(len(pictures))
-    motion.check_formats(session.options.format)
-    model = session.model()
-    codec = session.codec(model)
+    codec = session.codec(session.model())
     codec.check_images([picture.pixels for picture in pictures], [picture.path for picture in pictures])
-    return codec, pictures, captions, session.results(model, [picture.digest for picture in pictures] + [*others])
+    return codec, pictures, captions
+
+
+def _opened(session: Session, codec: Codec, pictures: Sequence[Picture], *, others: Sequence[str] = ()) -> Results:
+    """Opens the folder, once nothing is left to be refused but the folder itself."""
+    return session.results(codec.model, [*(picture.digest for picture in pictures), *others])
 
 
 def _frame(picture: Picture, what: str, seed: int, text: dict[str, str]) -> Frame:

@@ -126,7 +126,12 @@ def psnr(images: Pixels, others: Pixels) -> Float[np.ndarray, "n"]:
 
 
 class Codec:
-    """A trained unCLIP that encodes images and draws what their latents say, by DDIM."""
+    """A trained unCLIP that encodes images and draws what their latents say, by DDIM.
+
+    Attributes:
+      model: what was given.
+      drawers: its parts that draw, from the decoder on.
+    """
 
     def __init__(
         self,
@@ -164,7 +169,7 @@ class Codec:
             self.drawers = self.drawers[: self.drawers.index(last) + 1]
         if details not in DETAILS:
             raise InputError(f"details are not {details!r}; {nearest(details, DETAILS)}")
-        self._model = model
+        self.model = model
         options = {"method": "ddim", "timesteps": str(steps), "skip_noisiest": skip_noisiest, "threshold": threshold}
         encoded = self.drawers if details == "kept" else ["decoder"]
         self._options: dict[str, dict[str, Any]] = {name: {**options, "eta": 0.0} for name in encoded}
@@ -176,12 +181,12 @@ class Codec:
     @property
     def microbatch(self) -> int:
         """Images per call of a network."""
-        return self._model.microbatch
+        return self.model.microbatch
 
     @property
     def sides(self) -> dict[str, int]:
         """Part -> pixels a side of what it draws."""
-        return {name: _stage(self._model.part(name)).side for name in self.drawers}
+        return {name: _stage(self.model.part(name)).side for name in self.drawers}
 
     def at(self, eta: float) -> unclip.UnCLIP:
         """Returns the chain whose decoder draws with this share of fresh noise, from 0 to 1; all have the same weights.
@@ -194,28 +199,28 @@ class Codec:
             options = {**self._options, "decoder": {**self._options["decoder"], "eta": eta}}
             found = {
                 name: self._sampled(part, options[name]) if name in options else part
-                for name, part in self._model.parts.items()
+                for name, part in self.model.parts.items()
                 if name in kept
             }
             chain = unclip.UnCLIP(
                 found,
-                models=self._model.models,
+                models=self.model.models,
                 microbatch=self.microbatch,
-                devices_per_image=self._model.devices_per_image,
+                devices_per_image=self.model.devices_per_image,
             )
-            for other in (self._model, *self._chains.values()):
+            for other in (self.model, *self._chains.values()):
                 chain.predictor.share(other.predictor)
             self._chains[eta] = chain
         return self._chains[eta]
 
     def embed_text(self, captions: Sequence[str]) -> unclip.Vectors:
         """Returns z_t, float32 [n, d], long as z_i is."""
-        return self._model.embed_text(captions)
+        return self.model.embed_text(captions)
 
     def embed_images(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> unclip.Vectors:
         """Returns z_i, float32 [n, d], of images of any sizes: of their central squares."""
-        side = _stage(self._model.part("clip")).network.image_size
-        return self._model.embed_images(np.stack([resize.square(image, size=side) for image in images]))
+        side = _stage(self.model.part("clip")).network.image_size
+        return self.model.embed_images(np.stack([resize.square(image, size=side) for image in images]))
 
     def check_images(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], names: Sequence[str] = ()) -> None:
         """Refuses images that are smaller than what is drawn: what enlarging makes up is not theirs to encode.
