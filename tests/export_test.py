@@ -35,24 +35,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("clip", "prior_diffusion", "decoder", "upsampler_1"):
-        untrained_models.write(folder, name)
-    rows = [{"step": 0, "evaluation/loss": 0.25}, {"step": 7, "evaluation/loss": 0.125}]
-    (folder / "decoder" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+@pytest.fixture
+def models(untrained_chain):
+    return untrained_chain
 
 
-@pytest.fixture(scope="module")
-def compiled(models, tmp_path_factory):
+@pytest.fixture
+def compiled(stablehlo_export):
     """An export of samplers, made by the program."""
-    out = tmp_path_factory.mktemp("exports") / "shapes"
-    options = [f"--workdir={models}", f"--out={out}", "--format=stablehlo", "--sampling=decoder.timesteps=2"]
-    done = run("-m", "unclip_jax.export", *options, "--sampling=prior_diffusion.candidates=1")
-    assert done.returncode == programs.DONE, done.stderr
-    return out
+    return stablehlo_export
 
 
 def run(*arguments, cwd=ROOT):

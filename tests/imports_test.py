@@ -34,10 +34,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # inputs: what a program reads; beginnings: weights that it begins with; traced_run: a run traced, for the planner;
     # plans: what it says
     ("inputs", "beginnings", "traced_run", "plans", "evaluated_models"),
-    ("train", "planning", "image_units"),
-    ("plan_search", "plan_tables", "evaluation_job", "artifacts"),
+    ("train", "planning", "image_units", "artifacts"),
+    ("plan_search", "plan_tables", "evaluation_job", "serving"),  # serving: the server of an export
     ("plan", "embed", "evaluate", "generate", "statistics", "manipulate", "convert", "export", "prepare",
-     "human_study", "preferences", "probe"),
+     "human_study", "preferences", "probe", "serve"),
     ("quickstart_results", "ablation_tables"),
     ("quickstart", "ablation_cells"),  # quickstart: runs the others
     ("ablations",),  # so does this

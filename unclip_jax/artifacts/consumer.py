@@ -41,10 +41,10 @@ def load(folder, manifest, read):
     return functions, weights
 
 
-def draw(manifest, functions, weights, encode, prompts, seed):
+def draw(manifest, functions, weights, encode, prompts, seeds):
     """Yields what each function of the chain makes of n prompts: float32 [n, d], or uint8 images [n, s, s, 3]."""
-    digests = [hashlib.sha256(f"{seed}\n{prompt}".encode()).digest() for prompt in prompts]
-    made = {"id": np.array([int.from_bytes(digest[:4], "little") for digest in digests], np.uint32)}
+    names = [f"{seed}\n{prompt}".encode() for seed, prompt in zip(seeds, prompts, strict=True)]
+    made = {"id": np.array([int.from_bytes(hashlib.sha256(x).digest()[:4], "little") for x in names], np.uint32)}
     for step in manifest["chain"]:
         fields = {field: made[x] if x in made else encode(prompts, x) for field, x in step["reads"].items()}
         parts = manifest["functions"][step["function"]]["weights"]
@@ -65,7 +65,7 @@ def main(folder):
     import tensors
 
     encode, prompt = bpe.Encoder(folder), captions.clean(options.prompt)
-    *_, (_, images) = draw(manifest, *load(folder, manifest, tensors.read), encode, [prompt], options.seed)
+    *_, (_, images) = draw(manifest, *load(folder, manifest, tensors.read), encode, [prompt], [options.seed])
     text = {**manifest["marks"], "prompt": prompt, "seed": str(options.seed)}
     pathlib.Path(options.out).write_bytes(png.encode(images[0], text))
 
