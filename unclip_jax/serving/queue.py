@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 _LOG = logging.getLogger(__name__)
 WAITING, DRAWING, DONE, FAILED, STOPPED = "waiting", "drawing", "done", "failed", "stopped"
@@ -22,6 +22,7 @@ KEPT_SECONDS, KEPT_BYTES = 600.0, 256_000_000
 _UNKNOWN_SECONDS = 5.0
 
 
+@runtime_checkable
 class Model(Protocol):
     """What draws: `steps` names what `draw` yields, the last of which are the images, a row for each prompt."""
 
