@@ -7,6 +7,7 @@ and JAX reads its settings once, when it first looks for devices.
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,19 +83,30 @@ def untrained_chain(shared_folder) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def stablehlo_export(shared_folder, untrained_chain) -> pathlib.Path:
-    """An export of that chain's samplers, made by the program; read only."""
+def _export(shared_folder: pathlib.Path, name: str, workdir: pathlib.Path, *options: str) -> pathlib.Path:
+    """Exports samplers once per test run, by the program: traced here, any number of examples would be no int."""
     from filelock import FileLock
 
-    out = shared_folder / "stablehlo"
-    with FileLock(shared_folder / "stablehlo.lock"):
+    out = shared_folder / name
+    with FileLock(shared_folder / f"{name}.lock"):
         if not out.exists():  # it appears whole
-            options = [f"--workdir={untrained_chain}", f"--out={out}", "--format=stablehlo"]
-            options += ["--sampling=decoder.timesteps=2", "--sampling=prior_diffusion.candidates=1"]
-            command = [sys.executable, "-m", "unclip_jax.export", *options]
-            subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
+            command = [sys.executable, "-m", "unclip_jax.export", f"--workdir={workdir}", f"--out={out}"]
+            command += ["--format=stablehlo", "--sampling=decoder.timesteps=2", *options]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def stablehlo_export(shared_folder, untrained_chain) -> pathlib.Path:
+    """An export of that chain's samplers; read only."""
+    return _export(shared_folder, "stablehlo", untrained_chain, "--sampling=prior_diffusion.candidates=1")
+
+
+@pytest.fixture(scope="session")
+def small_export(shared_folder, untrained_chain) -> pathlib.Path:
+    """An export that draws quickly: text embeddings go to a decoder, and nothing comes after it; read only."""
+    return _export(shared_folder, "small", untrained_chain, "--parts=clip,decoder", "--prior=none")
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +116,21 @@ def compile_cache(shared_folder) -> str:
     This process uses none: JAX does not write its entries whole, so another worker could read a part of one.
     """
     return str(shared_folder / "compiled")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The system's Chromium, without a window."""
+    from playwright import sync_api
+
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    assert path, "install the package chromium; launch/test.sh does"
+    # In milliseconds: on a machine that does much else at once a browser is slow.
+    sync_api.expect.set_options(timeout=60_000)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -19,18 +19,6 @@ PATIENCE = 60_000
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    """The system's Chromium, without a window."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    assert path, "install the package chromium; launch/test.sh does"
-    sync_api.expect.set_options(timeout=PATIENCE)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """Two models, four captions, three kinds: twelve questions. Returns the study and its folder."""
     root = tmp_path_factory.mktemp("study")
