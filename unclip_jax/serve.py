@@ -6,7 +6,7 @@
 
 `--artifact` is what `python -m unclip_jax.export --format=stablehlo` wrote. All its hashes are checked before anything
 is loaded, and one that has expired is refused. A prompt and a seed make the image that the export's own `run.py` makes
-of them, whoever else asks at the time.
+of them; drawn with others (`--batch`), it may be rounded otherwise.
 
 It listens on this machine alone unless `--host` says otherwise; it has no accounts and no encryption, so before others
 are let in, something that has both belongs in front of it. Requests wait in a queue of `--queue` places, beyond which
@@ -46,7 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine.")
     flags.DEFINE_integer("port", 8000, "Port to listen on; 0 is any that is free.", 0, 65535)
     flags.DEFINE_list("allowed_hosts", [], "Further names that the server may be asked by, such as draw.example.org.")
-    flags.DEFINE_integer("batch", 4, "Images drawn at once where so many requests wait, else one.", lower_bound=1)
+    flags.DEFINE_integer("batch", 1, "Images drawn in one call where so many wait, else one.", lower_bound=1)
     flags.DEFINE_integer("queue", 64, "Requests that may wait.", lower_bound=1)
     flags.DEFINE_integer("prompt_length", 500, "Characters that a prompt may have.", 1, captions.MAX_CHARACTERS)
     flags.DEFINE_float("grace", 25.0, "Seconds that a stop waits for the images being drawn.", lower_bound=0.0)
