@@ -156,7 +156,7 @@ class UpsamplerStage:
         """
         enlarged = self._enlarged(low_res)
         sampler = self.sampler if known is None else known.keeping(self.sampler)
-        told = inpainting.nothing(len(enlarged), self.side) if known is None else known
+        told = inpainting.nothing(enlarged.shape[0], self.side) if known is None else known  # no int in an export
         denoise = self._denoiser(params, enlarged, tokens, last, told if self.inpaints else None)
         return sampler(denoise, self.temperature * samplers.initial_noise(keys, enlarged.shape[1:]), keys)
 
