@@ -64,7 +64,7 @@ def allowed_hosts(host: str, further: Sequence[str]) -> Collection[str]:
     """
     from unclip_jax.serving import guard
 
-    names = {name.strip().lower().strip("[]") for name in further}
+    names = {name.strip().lower().strip("[]") for name in further if name.strip()}
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name, which may be any address
@@ -145,6 +145,8 @@ def main(argv: Sequence[str]) -> int:
         from unclip_jax.serving import queue
     except ModuleNotFoundError as error:
         raise InputError(f"the server needs {error.name}; pip install 'unclip_jax[serve]'") from error
+    for number in (signal.SIGINT, signal.SIGTERM):  # while nobody can be waiting for an answer
+        signal.signal(number, lambda *_: hosts.leave(programs.DONE))
     programs.start_logging()
     programs.start_jax(compile_cache=options.compile_cache)
     if hosts.count() > 1:

@@ -164,7 +164,7 @@ class CLIP(nn.Module):
     def read_all(self, images: Images, tokens: Tokens) -> None:
         """Calls each tower that is there once: for `init`."""
         if self.image_tower:
-            self.encode_image(images, jnp.zeros(len(images), jnp.int32) if self.noised else None)
+            self.encode_image(images, jnp.zeros(images.shape[0], jnp.int32) if self.noised else None)
         self.encode_text(tokens)
 
     def __call__(

@@ -77,9 +77,8 @@ def create(artifact: Artifact, line: queue.Queue, *, characters: int, hosts: Col
     app.add_middleware(guard.Guard, hosts=hosts)
     _add_errors(app)
     page = pages.environment().get_template("serve.html").render(
-        name=artifact.name, steps=artifact.steps, size=artifact.size, characters=characters, most_seed=MOST_SEED,
-        tokens=artifact.tokens, expires=artifact.manifest["expires"][:10],
-    )  # fmt: skip
+        name=artifact.name, steps=artifact.steps, size=artifact.size, characters=characters, most_seed=MOST_SEED
+    )
     templates = importlib.resources.files("unclip_jax") / "templates"
     files = {name: (templates / name.replace("page", "serve")).read_text(encoding="utf-8") for name in _FILES}
 
