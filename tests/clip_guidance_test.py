@@ -21,9 +21,13 @@ ONE_LEVEL = {
 }
 
 
+# No convolutions before CLIP's patches, for the same reason.
+PLAIN = {"model__vision_stem": ()}
+
+
 @pytest.fixture(scope="module")
 def noised():
-    stage = base.create(small("clip_noised"))
+    stage = base.create(small("clip_noised", **PLAIN))
     return stage, untrained_models.drawn(stage, 0)
 
 
@@ -33,7 +37,7 @@ def images_of(count, seed=0):
 
 def test_it_begins_as_the_clip_of_clean_images_that_it_goes_on_from_at_every_timestep(noised):
     stage, params = noised
-    clean = base.create(small("clip", model__image_size=16)).network
+    clean = base.create(small("clip", model__image_size=16, **PLAIN)).network
     tower = params["params"]["vision"]
     untold = {name: tree for name, tree in tower.items() if not name.startswith("time_")}
     plain = jax.jit(lambda p: clean.apply({"params": p}, images_of(3), method="encode_image"))(
@@ -60,7 +64,8 @@ def test_its_loss_is_of_images_noised_by_the_process_and_tells_quarters_apart(no
         return jnp.eye(16), jnp.eye(16), jnp.float32(0)
 
     monkeypatch.setattr(type(stage.network), "apply", lambda self, *args: apply(*args))
-    loss, metrics = stage.loss(params, {}, batch, jax.random.key(3), train=True)
+    told = jax.jit(lambda: (stage.loss(params, {}, batch, jax.random.key(3), train=True), dict(seen)))
+    (loss, metrics), seen = told()
     assert loss.shape == () and float(metrics["accuracy"]) == 1
     quarters = np.bincount(4 * np.asarray(seen["t"]) // 1000, minlength=4)
     assert [tuple(float(x) for x in metrics[f"accuracy_q{i}"]) for i in range(4)] == [(n, n) for n in quarters]
@@ -95,7 +100,7 @@ def test_the_gradient_is_that_of_the_similarity_by_finite_differences(guided, gr
     scale, x, t = SCALE, X_T, T
 
     @jax.jit
-    def logits(x):
+    def logits(x, toward=toward):
         return stage.noised.logits(frozen["clip_noised"], x, t, toward)
 
     towards = gradient / jnp.maximum(jnp.linalg.norm(gradient.reshape(3, -1), axis=1)[:, None, None, None], 1e-9)
@@ -104,9 +109,10 @@ def test_the_gradient_is_that_of_the_similarity_by_finite_differences(guided, gr
     np.testing.assert_allclose(scale * slope, jnp.sum(gradient * towards, (1, 2, 3)), rtol=0.02, atol=1e-5)
     assert np.all(np.abs(slope[:2]) > 1e-3) and not np.any(gradient[2])
     # In the CLIP's logits: a cosine of one is its logit scale, or the config's largest.
-    z_i = stage.noised.network.apply(frozen["clip_noised"], x, t, method="encode_image")
-    own = stage.noised.logits(frozen["clip_noised"], x, t, 7 * z_i)
-    largest = jnp.minimum(jnp.exp(frozen["clip_noised"]["params"]["logit_scale"]), stage.noised.logit_scale_max)
+    weights = frozen["clip_noised"]
+    z_i = jax.jit(lambda x: stage.noised.network.apply(weights, x, t, method="encode_image"))(x)
+    own = logits(x, 7 * z_i)
+    largest = jnp.minimum(jnp.exp(weights["params"]["logit_scale"]), stage.noised.logit_scale_max)
     np.testing.assert_allclose(own, largest, rtol=1e-5)
 
 

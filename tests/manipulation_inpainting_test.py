@@ -4,15 +4,18 @@ import itertools
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 import untrained_models
 from PIL import Image
+from small_configs import small
 
-from unclip_jax import unclip
+from unclip_jax import parts, sharding, unclip
 from unclip_jax.errors import InputError
 from unclip_jax.manipulation import clip_guidance, edits, fillings, inpainting, masks, outpainting, reranking
 from unclip_jax.manipulation.session import Session
+from unclip_jax.stages import base
 
 CAPTIONS = ["a small red star on a white background", "a large blue ring on a grey background"]
 # One level in the U-Nets and no text encoder, for networks have tests of their own; images of 16, then of 32 pixels.
@@ -20,13 +23,23 @@ DECODER = {"model__unet__channel_mult": (1,), "model__unet__attention_resolution
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    untrained_models.write(folder, "clip")
-    untrained_models.write(folder, "clip_noised")
-    untrained_models.write(folder, "decoder", **DECODER)
-    untrained_models.write(folder, "upsampler_1", unet__channel_mult=(1,))
-    return unclip.UnCLIP.load(str(folder), microbatch=8)
+def model():
+    cases = {
+        "clip": ("clip", {}),
+        "clip_noised": ("clip_noised", {}),
+        "decoder": ("decoder", DECODER),
+        "upsampler_1": ("upsampler", {"unet__channel_mult": (1,)}),
+    }
+    everywhere = sharding.replicated(sharding.make_mesh({"data": -1}, jax.local_devices()))
+    found = {}
+    for name, (case, changes) in cases.items():
+        config = small(case, **changes)
+        stage = base.create(config)
+        weights = jax.device_put(untrained_models.drawn(stage, 0), everywhere)
+        found[name] = parts.Part(name, name, stage, config, weights, {}, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_check_weights", lambda *_: None)  # no run says what its decoder read
+        yield unclip.UnCLIP(found, microbatch=8)
 
 
 def pictures(count, height=32, width=32, seed=0):
@@ -183,6 +196,7 @@ def test_edits_follow_one_another_and_leave_what_none_of_them_fills(model, tmp_p
         ("{", "is no JSON"),
         ('{"prompt": "x"}', "edit 1 of .* is not an object with a prompt, and either a box or a mask"),
         ('[{"prompt": "x", "box": [0, 0, 4, 4]}, {"prompt": 3, "box": [0, 0, 4, 4]}]', "edit 2 of .* is not an object"),
+        ('{"prompt": " ", "box": [0, 0, 4, 4]}', "edit 1 of .* has an empty prompt"),
         ('{"prompt": "x", "box": "0,0,4,4"}', "edit 1 of .* not a list of four"),
         ('{"prompt": "x", "box": [0, 0, 40, 4]}', "edit 1 of .*none in a picture of 32 x 32"),
         ('{"prompt": "x", "box": [0, 0, 4, 4], "sed": 1}', "edit 1 of .* no key 'sed'"),
@@ -353,6 +367,7 @@ def test_the_commands_outpaint_edit_and_rerank(command, tmp_path):
         ("inpaint", {"box": ["1,1,9,9"], "prior": "difusion"}, "--prior=difusion is unknown; did you mean 'diffusion'"),
         ("inpaint", {"box": ["1,1,9,9"], "last": "upsampler_2"}, "there is no such part; did you mean 'upsampler_1'"),
         ("inpaint", {"box": ["1,1,9,9"], "negative_prompt": " "}, "--negative_prompt is empty"),
+        ("inpaint", {"box": ["1,1,9,9"], "caption": []}, "--caption is missing"),
         ("inpaint", {"box": ["1,1,9,9"], "size": 24}, "has 24 x 24 pixels, and the model draws 32 x 32"),
         ("outpaint", {}, "nothing to add"),
         ("edit", {"prior": "image"}, "use a prior that reads them"),

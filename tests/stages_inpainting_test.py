@@ -143,13 +143,11 @@ def test_a_run_begins_from_the_moving_average_of_another_and_refuses_what_is_no_
     assert read(begin_from="") is None
     wanted = dict(digests.named(untrained_models.drawn(base.create(small("decoder", **DECODER)), 0)))
     wide = {"model__unet__in_channels": 7, "inpaint": True}
-    for changes, channels in (({}, [0, 1, 2]), (wide, [0, 1, 2])):
-        begun = read(**changes)
-        elsewhere = untrained_models.drawn(base.create(small("decoder", **DECODER, **changes)), 1)
-        for name, x in digests.named(begun.put(elsewhere)):
-            first = x[:, :, np.array(channels)] if "['in_conv']['kernel']" in name else x
-            np.testing.assert_array_equal(first, wanted[name], err_msg=name)
-            assert first.shape == x.shape or not np.any(x[:, :, 3:])
+    elsewhere = untrained_models.drawn(base.create(small("decoder", **DECODER, **wide)), 1)
+    for name, x in digests.named(read(**wide).put(elsewhere)):
+        first = x[:, :, :3] if "['in_conv']['kernel']" in name else x
+        np.testing.assert_array_equal(first, wanted[name], err_msg=name)
+        assert first.shape == x.shape or not np.any(x[:, :, 3:])
     with pytest.raises(InputError, match="holds a decoder, and this is a upsampler"):
         read(case="upsampler")
     with pytest.raises(InputError, match="holds another network: .* there and .* here"):

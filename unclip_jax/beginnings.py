@@ -8,7 +8,7 @@ all, such as what reads the timestep in a noised CLIP, begins as in any run.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -54,6 +54,10 @@ def read(program: Program, networks: Mapping[str, str]) -> Beginning | None:
     if not workdir:
         return None
 
+    def widen(config: ConfigDict) -> Callable[[Any], Any]:
+        inpaints = program.config.get("inpaint", False) and not config.get("inpaint", False)
+        return inpainting.widened if inpaints else lambda params: params
+
     def abstract(config: ConfigDict) -> tuple[Any, Any]:
         if config.stage != program.config.stage:
             raise InputError(
@@ -63,6 +67,7 @@ def read(program: Program, networks: Mapping[str, str]) -> Beginning | None:
         key = jax.eval_shape(lambda: jax.random.key(0))
         trees = jax.eval_shape(stage.init, key), jax.eval_shape(stage.init_frozen, key).get("statistics", {})
         params, statistics = (_placed(tree, program) for tree in trees)
+        _check_same(jax.eval_shape(widen(config), params), program)
         return params, statistics
 
     params, statistics, config, step = checkpoint.load(workdir, abstract)
@@ -73,18 +78,22 @@ def read(program: Program, networks: Mapping[str, str]) -> Beginning | None:
                 f"config.begin_from={workdir!r} was trained on another {name} than that in "
                 f"{program.config.frozen[name]}; give the one it knows as config.frozen.{name}"
             )
-    if program.config.get("inpaint", False) and not config.get("inpaint", False):
-        params = inpainting.widened(params)
-    there, here = dict(digests.named(params)), dict(digests.named(program.state.params))
-    for name, x in there.items():
-        wanted = here[name].shape if name in here else "missing"
-        if x.shape != wanted:
-            raise InputError(
-                f"config.begin_from={workdir!r} holds another network: {name} is {x.shape} there and {wanted} here"
-            )
+    there, here = dict(digests.named(widen(config)(params))), dict(digests.named(program.state.params))
     new = [name for name in here if name not in there]
     _LOG.info("the weights begin as step %d of %s%s", step, workdir, f"; new are {', '.join(new)}" if new else "")
     return Beginning({name: jax.device_put(x, here[name].sharding) for name, x in there.items()}, of_data(statistics))
+
+
+def _check_same(there: Any, program: Program) -> None:
+    """Refuses weights that the program's network does not have."""
+    here = dict(digests.named(program.state.params))
+    for name, x in digests.named(there):
+        wanted = here[name].shape if name in here else "missing"
+        if x.shape != wanted:
+            raise InputError(
+                f"config.begin_from={program.config.begin_from!r} holds another network: {name} is {x.shape} there and "
+                f"{wanted} here"
+            )
 
 
 def _placed(boxed: Any, program: Program) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from unclip_jax import unclip
+from unclip_jax.data import captions
 from unclip_jax.errors import InputError, nearest
 from unclip_jax.manipulation import clip_guidance, inpainting, masks
 from unclip_jax.predictor import Drawing
@@ -59,16 +60,19 @@ def read(path: str, *, height: int, width: int) -> list[Edit]:
 def _edit(entry: object, what: str, file: pathlib.Path, height: int, width: int) -> Edit:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or ("box" in entry) == ("mask" in entry):
         raise InputError(f"{what} is not an object with a prompt, and either a box or a mask: {entry!r}")
+    prompt = captions.clean(entry["prompt"])
+    if not prompt:
+        raise InputError(f"{what} has an empty prompt; describe what the whole picture is to show")
     for key in entry:
         if key not in _KEYS:
             raise InputError(f"{what}: there is no key {key!r}; {nearest(key, _KEYS)}")
     try:
         if "mask" in entry:
-            return Edit(entry["prompt"], masks.read(str(file.parent / str(entry["mask"])), height=height, width=width))
+            return Edit(prompt, masks.read(str(file.parent / str(entry["mask"])), height=height, width=width))
         corners = entry["box"]
         if not isinstance(corners, list) or any(type(number) is not int for number in corners):
             raise InputError(f"the box {corners!r} is not a list of four whole numbers x0, y0, x1, y1")
-        return Edit(entry["prompt"], masks.box(corners, height=height, width=width))
+        return Edit(prompt, masks.box(corners, height=height, width=width))
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
 

@@ -187,6 +187,8 @@ def _begun(session: Session, pictures: Sequence[Picture], others: Sequence[str],
     """Reads the model and checks what it is given; `whole` pictures may be smaller than what it draws."""
     options = session.options
     captions = session.captions(len(pictures))
+    if options.prior not in (IMAGE, "dropped") and "" in captions and session.command != "edit":
+        raise InputError("--caption is missing: what is the whole picture to show? Or leave it to --prior=image")
     motion.check_formats(options.format)
     model = _model(session)
     size = inpainting.side(model)

@@ -134,4 +134,5 @@ def outpaint(
 
 def _steers(model: unclip.UnCLIP, prior: str, negative: str | None) -> str | None:
     """The negative prompt, for a prior that reads one."""
-    return negative if unclip.PRIORS.get(prior) in model.steered(prior) else None
+    known = prior in unclip.PRIORS  # one that is not is refused by `sample_prior`
+    return negative if known and unclip.PRIORS[prior] in model.steered(prior) else None
