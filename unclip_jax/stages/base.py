@@ -208,7 +208,7 @@ def normalize(z: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 
 def embed_images(clip: CLIP, params: Params, images: UInt8[Array, "b h w 3"], *, unit: bool = True) -> Embeddings:
     """Returns z_i: CLIP's embeddings of uint8 images, float32, without gradient; of length 1, or as they are."""
-    cleanest = (jnp.zeros(len(images), jnp.int32),) if clip.noised else ()
+    cleanest = (jnp.zeros(images.shape[:1], jnp.int32),) if clip.noised else ()
     z_i: Any = clip.apply(params, from_uint8(images), *cleanest, method="encode_image")
     return jax.lax.stop_gradient(normalize(z_i) if unit else z_i.astype(jnp.float32))
 

@@ -207,7 +207,7 @@ class UpsamplerStage:
 
         def x_T(params, frozen, batch, rng):
             last, enlarged = frozen["last"] if self.last_steps else None, self._enlarged(batch["low_res"])
-            nothing = inpainting.nothing(len(enlarged), self.side) if self.inpaints else None
+            nothing = inpainting.nothing(enlarged.shape[0], self.side) if self.inpaints else None
             denoise = self._denoiser(params, enlarged, batch.get("tokens"), last, nothing)
             # At temperature 0 no noise is read, so any will do.
             return self.invert(denoise, from_uint8(batch["image"])) / (self.temperature or 1.0)
