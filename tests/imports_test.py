@@ -40,7 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "human_study", "preferences", "probe", "serve"),
     ("quickstart_results", "ablation_tables"),
     ("quickstart", "ablation_cells"),  # quickstart: runs the others
-    ("ablations",),  # so does this
+    ("ablations", "reproduction"),  # ablations: so does this
+    ("reproduce",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
