@@ -62,7 +62,7 @@ def run(studio: Studio) -> Record:
 
 
 def rates(studio: Studio, prior: str) -> np.ndarray:
-    """Returns embeddings a second, once for each seed, float64 [seeds]; a first draw, which compiles, is left out."""
+    """Returns embeddings a second, once for each seed, float64 [seeds], compilation apart."""
     name = unclip.PRIORS[prior] or ""
 
     def make() -> dict[str, np.ndarray]:
