@@ -64,15 +64,19 @@ def there_and_back(case, steps, **sampling):
     return np.asarray(batch["image"]), x_T, flow, np.asarray(functions["sample"]({}, {}, given, jax.random.key(0)))
 
 
-@pytest.mark.parametrize(("case", "temperature"), [("decoder", None), ("upsampler", TEMPERATURE)])
-def test_x_T_is_where_the_flow_of_gaussian_data_leads(case, temperature):
+def test_x_T_is_where_the_flow_of_gaussian_data_leads():
     """The flow keeps (x_t - its mean) / (its deviation), so x_T is known; and drawing it gives the image back."""
-    sampling = {"temperature": temperature} if temperature else {"guidance_scale": 1.0}
-    images, x_T, flow, again = there_and_back(case, "250", **sampling)
-    np.testing.assert_allclose(x_T, flow / (temperature or 1.0), atol=0.03)
-    _, coarse, _, worse = there_and_back(case, "25", **sampling)
-    assert np.abs(x_T - flow / (temperature or 1)).max() < 0.5 * np.abs(coarse - flow / (temperature or 1)).max()
+    images, x_T, flow, again = there_and_back("decoder", "250", guidance_scale=1.0)
+    np.testing.assert_allclose(x_T, flow, atol=0.03)
+    _, coarse, _, worse = there_and_back("decoder", "25", guidance_scale=1.0)
+    assert np.abs(x_T - flow).max() < 0.5 * np.abs(coarse - flow).max()
     assert psnr(again, images).min() > psnr(worse, images).max() > 25
+    assert psnr(again, images).min() > 45
+
+
+def test_an_upsamplers_x_T_is_what_its_temperature_scales():
+    images, x_T, flow, again = there_and_back("upsampler", "250", temperature=TEMPERATURE)
+    np.testing.assert_allclose(TEMPERATURE * x_T, flow, atol=0.03)
     assert psnr(again, images).min() > 45
 
 
@@ -138,7 +142,8 @@ def test_at_eta_0_latents_are_drawn_the_same_again_whatever_the_seed(codec, enco
 
 
 def test_theta_0_and_the_ends_of_a_path_are_the_reconstructions(codec, encoded):
-    z_d = text_diffs.direction(codec.embed_text(["a star"] * 3), codec.embed_text(["a ring"] * 3))
+    z_t, z_t0 = np.random.default_rng(0).normal(size=(2, *encoded.latents.z_i.shape)).astype(np.float32)
+    z_d = text_diffs.direction(z_t, z_t0)
     drawn = codec.draw(text_diffs.along(encoded.latents, z_d, [0.0, 0.4]))
     assert_same({name: images[::2] for name, images in drawn.items()}, encoded.again)
     assert (drawn["decoder"][1::2] != encoded.again["decoder"]).any()
@@ -189,6 +194,10 @@ def test_what_cannot_be_encoded_is_refused(model, codec):
         codec.encode([])
     with pytest.raises(InputError, match="3 embeddings were given, but captions for 1"):
         codec.encode(PICTURES, ["a ring"])
+    with pytest.raises(InputError, match="1 embeddings were given for 3 images"):
+        codec.encode(PICTURES, z_i=np.ones((1, 16), np.float32))
+    with pytest.raises(InputError, match="x_T of decoder has shape \\(8, 8, 3\\); it draws 16"):
+        codec.draw(Latents(np.ones((1, 16), np.float32), {"decoder": np.zeros((1, 8, 8, 3), np.float32)}, ("",)))
     with pytest.raises(InputError, match="did you mean 'upsampler_1'"):
         Codec(model, last="upsampler1")
     with pytest.raises(InputError, match="eta"):

@@ -268,6 +268,8 @@ class Codec:
         """
         self.check_images(images)
         chain = self.at(0.0)
+        if z_i is not None and len(z_i) != len(images):
+            raise InputError(f"{len(z_i)} embeddings were given for {len(images)} images; give one for each")
         latents = Latents.of(self.embed_images(images) if z_i is None else z_i, captions)
         targets = {name: np.stack([resize.square(image, size=side) for image in images])
                    for name, side in self.sides.items()}  # fmt: skip
