@@ -20,7 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arrays", "sharding", "config", "state", "programs", "flops", "jsonl", "topologies", "compiled_program",
      "provenance"),
     # replicas: one replica's view of a batch; the last two read compiled programs for the planner
-    ("replicas", "stopping", "watchdog", "clock", "digests", "guard", "instruction_costs", "tpu_compiler"),
+    ("replicas", "stopping", "watchdog", "clock", "digests", "serial_storage", "guard", "instruction_costs",
+     "tpu_compiler"),
     ("models", "diffusion", "data", "optim", "sharpness", "checkpoint", "metrics", "goodput", "roofline"),
     ("stages", "evaluation", "interop"),
     # parts: trained networks, read from their workdirs; importing: makes others' such workdirs; pages: HTML

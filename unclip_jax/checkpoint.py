@@ -21,13 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
-from unclip_jax import digests, hosts
+from unclip_jax import digests, hosts, serial_storage
 from unclip_jax.errors import InputError
 from unclip_jax.state import OF_WEIGHTS, TrainState
 
@@ -211,7 +212,8 @@ def load(
 
     Args:
       workdir: of a training run.
-      abstract: fn(config) -> (abstract params, abstract statistics) with the shardings wanted.
+      abstract: fn(config) -> (abstract params, abstract statistics) with the shardings wanted; what is given as NumPy
+        arrays is read as such, without a second copy on its way.
       ema: whether to read the moving average or the last weights.
       step: a step to insist on.
 
@@ -321,11 +323,16 @@ def _read_items(
 
     def read() -> dict[str, Any]:
         # Orbax's handlers and not its checkpointers, which wait for hosts that may have found damage meanwhile.
-        reader = ocp.StandardCheckpointHandler(restore_concurrent_gb=_gb_in_flight(wanted))
-        folder = directory / str(step)
+        reader, folder = ocp.StandardCheckpointHandler(), directory / str(step)
+
+        def restored(place: epath.Path, tree: Any) -> Any:
+            if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree)):
+                return serial_storage.restore(place, tree)
+            return reader.restore(place, args=ocp.args.StandardRestore(tree))
+
         try:
             return {
-                item: reader.restore(folder / _folder_of(meta, item), args=ocp.args.StandardRestore(tree))
+                item: restored(folder / _folder_of(meta, item), tree)
                 for item, tree in wanted.items()
                 if item in meta["arrays"]
             }
@@ -348,12 +355,6 @@ def _read_items(
     return items
 
 
-def _gb_in_flight(abstract: Any) -> int:
-    """Returns what may be read and not yet placed at once: room for any one array, however the file has cut it."""
-    largest = max((x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)), default=0)
-    return 1 + 2 * largest // 10**9
-
-
 def _without_unmeasured(item: str, tree: Any, meta: Mapping[str, Any]) -> Any:
     """Returns what to read of an item: what begins as zeros, and was never anything else, need not be there."""
     if item == "rest" and item not in meta["arrays"]:
@@ -365,7 +366,9 @@ def _without_unmeasured(item: str, tree: Any, meta: Mapping[str, Any]) -> Any:
     return {name: x for name, x in tree.items() if name not in absent} if absent else tree
 
 
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+def _zeros(like: Any) -> Any:
+    if isinstance(like, np.ndarray):
+        return np.zeros_like(like)
     return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 

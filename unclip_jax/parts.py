@@ -89,7 +89,7 @@ def folders(models: str | Mapping[str, str]) -> dict[str, str]:
 def read(
     name: str,
     folder: str,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | None,
     *,
     weights: str,
     sampling: Mapping[str, Any],
@@ -97,7 +97,8 @@ def read(
 ) -> Part:
     """Reads one part's newest whole checkpoint, or that of a step.
 
-    Of CLIP it is always the moving average, which the others were trained on.
+    Of CLIP it is always the moving average, which the others were trained on. Without a mesh its weights are NumPy
+    arrays, each in memory once.
     """
 
     def abstract(config: ConfigDict) -> tuple[Any, Any]:
@@ -117,7 +118,9 @@ def read(
     return Part(name, folder, base.create(config), config, params, statistics, step)
 
 
-def _placed(boxed: Any, config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+def _placed(boxed: Any, config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Any:
+    if mesh is None:  # arrays that take no memory
+        return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), nn.meta.unbox(boxed))
     where = sharding.shardings(boxed, config.sharding, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), where)
 

@@ -146,9 +146,7 @@ def load(component: Component, *, weights: str) -> Part:
     Raises:
       InputError: no whole checkpoint.
     """
-    part = parts_lib.read(
-        component.name, component.workdir, mesh(), weights=weights, sampling=component.sampling
-    )
+    part = parts_lib.read(component.name, component.workdir, None, weights=weights, sampling=component.sampling)
     if part.step != component.step:
         raise InputError(
             f"step {component.step} of {component.workdir} is damaged, step {part.step} is whole: move "
@@ -231,4 +229,3 @@ def tokenizer(components: Mapping[str, Component], vocabulary: str = "") -> Toke
             raise InputError(f"{name} has another vocabulary than the parts before it; an export has one for all")
         found = new
     return found
-

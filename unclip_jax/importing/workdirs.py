@@ -6,16 +6,15 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, digests
+from unclip_jax import checkpoint, digests, serial_storage
 from unclip_jax import config as configs
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import InputError
@@ -23,8 +22,6 @@ from unclip_jax.stages import base
 
 _LOG = logging.getLogger(__name__)
 _VOCABULARY = "vocabulary"  # of a workdir
-# Bytes of an array that are compressed and written as one, and of a file of a checkpoint.
-_PIECE = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,29 +130,8 @@ def _save(
     meta = {"step": 0, "config": config.to_dict(), "arrays": arrays, "items": {"ema": "params"}, **extra}
     meta["digest"] = checkpoint.meta_digest(meta)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
-    handlers: dict[str, Any] = {
-        name: ocp.PyTreeCheckpointHandler(type_handler_registry=_registry()) for name in items
-    }
+    handlers: dict[str, Any] = {name: serial_storage.handler() for name in items}
     handlers["meta"] = ocp.JsonCheckpointHandler()
     with ocp.CheckpointManager(workdir / checkpoint.FOLDER, options=options, item_handlers=handlers) as manager:
-        saves = {name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_PIECE) for name, tree in items.items()}
+        saves = {name: serial_storage.saving(tree) for name, tree in items.items()}
         manager.save(0, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
-
-
-class _InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes an array when the one before it is on disk.
-
-    Orbax would begin with all of them at once, and what is compressed sooner than it is written would wait in memory.
-    """
-
-    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
-        for number, (value, info) in enumerate(zip(values, infos, strict=True)):
-            for written in await super().serialize([value], [info], args[number : number + 1] if args else None):
-                written.result()
-        return []
-
-
-def _registry() -> Any:
-    # No copies: nobody changes the arrays while they are written, for that is waited for.
-    handlers = ((np.ndarray, _InTurn(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler()))
-    return ocp.type_handlers.create_type_handler_registry(*handlers)

@@ -1,8 +1,9 @@
-"""How much memory an import takes above the model: `python tests/benchmarks/import_memory.py [GB]`, from the root.
+"""How much memory imports and exports take above the model: `python tests/benchmarks/interop_memory.py [GB]`.
 
-It writes a CLIP by OpenAI's names, of zeros, of about so many GB as float32 (2 by default), imports it in a process of
-its own, and prints that process's memory: what it had before, its peak, and what lies between beside the weights. Pages
-of the file that are mapped count, as they do for the kernel.
+It writes a CLIP by OpenAI's names, of about so many GB as float32 (2 by default), imports it in a process of its own,
+exports it as safetensors in another, and prints their memory: what they had before, their peak, and what lies between
+beside the weights. Pages of files that are mapped count, as they do for the kernel. The numbers are random, for
+those that compress well would hide what waits in memory for the disk.
 """
 
 import json
@@ -14,6 +15,10 @@ import sys
 import tempfile
 import threading
 import time
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 WIDTH = 2048
 
@@ -51,8 +56,8 @@ def shapes(depth: int) -> dict[str, tuple[int, ...]]:
 
 
 def write(path: pathlib.Path, named: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of zeros, which the disk need not hold."""
-    header, end = {}, 0
+    """A safetensors file of random numbers."""
+    header, end, rng = {}, 0, np.random.default_rng(0)
     for name, shape in named.items():
         size = 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
@@ -60,7 +65,8 @@ def write(path: pathlib.Path, named: dict[str, tuple[int, ...]]) -> None:
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+        for shape in named.values():
+            file.write(rng.standard_normal(shape, np.float32).tobytes())
 
 
 def status(key: str) -> float:
@@ -69,9 +75,9 @@ def status(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def measured(source: str, workdir: str) -> dict[str, float]:
-    """Imports, in this process; returns its memory in MB."""
-    from unclip_jax import convert, programs
+def measured(what: str, source: str, target: str) -> dict[str, float]:
+    """Imports or exports, in this process; returns its memory in MB."""
+    from unclip_jax import convert, export, programs
     from unclip_jax.importing import formats
 
     programs.start_jax()
@@ -88,7 +94,12 @@ def measured(source: str, workdir: str) -> dict[str, float]:
     anonymous, began = status("RssAnon"), time.monotonic()
     watching = threading.Thread(target=watch)
     watching.start()
-    convert.convert(formats.Request("openai_clip", source, vocabulary="tiny"), workdir)
+    if what == "import":
+        convert.convert(formats.Request("openai_clip", source, vocabulary="tiny"), target)
+    else:
+        record = {"workdir": source, "format": "safetensors", "weights": "ema", "dtype": "float32", "shard_mb": 4096}
+        record |= dict.fromkeys(("clip", "license", "compute", "prior", "vocabulary", "evaluation"), "")
+        export.run({**record, "parts": [], "sampling": []}, target, command="", poll=lambda: None)
     done.set()
     watching.join()
     peak = status("VmHWM")
@@ -98,22 +109,23 @@ def measured(source: str, workdir: str) -> dict[str, float]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measured(*sys.argv[2:4])))
+        print(json.dumps(measured(*sys.argv[2:5])))
         return
     size = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
     named = shapes(max(1, round(size * 1e9 / (48 * WIDTH * WIDTH))))
+    sizes = [4 * math.prod(shape) / 2**20 for shape in named.values()]
+    model = sum(sizes)
+    print(f"model {model:.0f} MB in {len(sizes)} tensors, the largest {max(sizes):.0f} MB")
     with tempfile.TemporaryDirectory() as folder:
-        source = pathlib.Path(folder) / "clip.safetensors"
-        write(source, named)
-        command = [sys.executable, __file__, "--measure", str(source), f"{folder}/workdir"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        sizes = [4 * math.prod(shape) / 2**20 for shape in named.values()]
-        kept = sum(path.stat().st_size for path in pathlib.Path(folder, "workdir").rglob("*") if path.is_file())
-    model, largest = sum(sizes), max(sizes)
-    print(f"model {model:.0f} MB in {len(sizes)} tensors, the largest {largest:.0f} MB; workdir {kept / 2**20:.0f} MB")
-    print(f"memory before {found['before']:.0f} MB, peak {found['peak']:.0f} MB: {found['above'] - model:.0f} MB above")
-    print(f"the model, of it private {found['private'] - model:.0f} MB; {found['s']:.0f} s")
+        places = [f"{folder}/{name}" for name in ("clip.safetensors", "workdir", "export")]
+        write(pathlib.Path(places[0]), named)
+        for what, source, target in zip(("import", "export"), places, places[1:], strict=False):
+            command = [sys.executable, __file__, "--measure", what, source, target]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(f"{what}: memory before {found['before']:.0f} MB, peak {found['peak']:.0f} MB: "
+                  f"{found['above'] - model:.0f} MB above the model, of it private {found['private'] - model:.0f} MB; "
+                  f"{found['s']:.0f} s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
