@@ -76,9 +76,8 @@ def create(artifact: Artifact, line: queue.Queue, *, characters: int, hosts: Col
     app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(guard.Guard, hosts=hosts)
     _add_errors(app)
-    page = pages.environment().get_template("serve.html").render(
-        name=artifact.name, steps=artifact.steps, size=artifact.size, characters=characters, most_seed=MOST_SEED
-    )
+    about = {"name": artifact.name, "steps": artifact.steps, "size": artifact.size, "most_seed": MOST_SEED}
+    page = pages.environment().get_template("serve.html").render(about)
     templates = importlib.resources.files("unclip_jax") / "templates"
     files = {name: (templates / name.replace("page", "serve")).read_text(encoding="utf-8") for name in _FILES}
 
