@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from unclip_jax.errors import InputError
 from unclip_jax.unclip import Vectors
 
+# Sides are free, for terms of one row go with those of many.
+Term = Float[np.ndarray, "_ _"]
 
-def combined(terms: Sequence[tuple[float, Vectors]]) -> Vectors:
+
+def combined(terms: Sequence[tuple[float, Term]]) -> Vectors:
     """Returns sum_k w_k z_k as long as the first term's embeddings are, float32 [n, d].
 
     Args:
