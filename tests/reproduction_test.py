@@ -216,6 +216,9 @@ def test_what_is_compared_learns_from_equal_budgets(tmp_path):
         wanted = {"decoder_glide": "model.embed_dim", "decoder_text": "condition", "clip_sam": "sam.rho"}[name]
         assert wanted in apart
     assert set(apart) == {"sam.rho"}
+    few = reproduce.overrides("clip_sam", dataclasses.replace(chosen, smoke=True))
+    tried = configs.load(reproduce.spec("clip_sam"), few)
+    assert tried.sam.rho and tried.batch_size % tried.sam.pairs == 0  # a replica has whole batches
     wide = configs.load("configs/decoder.py:tiny", {"model.unet.channels": 32})
     (tmp_path / "decoder" / "config.json").write_text(configs.to_json(wide))
     with pytest.raises(InputError, match="is not of the variant 'tiny'.*model.unet.channels"):

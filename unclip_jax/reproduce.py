@@ -109,7 +109,8 @@ def overrides(name: str, options: Options) -> dict[str, Any]:
     if name == "decoder_text":
         values["frozen.clip"] = str(options.models / "clip")
     if options.smoke:
-        return values | training_jobs.smoke(EXTRA[name])
+        few = training_jobs.smoke(EXTRA[name])
+        return values | few | ({"sam.pairs": few["batch_size"]} if "sam.rho" in values else {})
     made = configs.load(spec(name), values)
     allowed = (*_MAY_DIFFER, *configs.FREE_ON_RESUME)
     apart = [key for key in configs.difference(like, made) if not key.startswith(allowed)]
