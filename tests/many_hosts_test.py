@@ -164,7 +164,7 @@ def test_what_is_left_after_kills_goes_on_as_if_nothing_had_happened(tmp_path, d
         tmp_path,
         kills=kills,
         seed=random.randrange(1 << 30) if LONG else 1,
-        steps=60 + 60 * kills,
+        steps=40 + 20 * kills,
         data_dir=data_dir,
         processes=2,
         heartbeat=30 if LONG else 8,

@@ -143,9 +143,12 @@ def plain_gradient():
     return jitted(jax.grad(lambda p: stage.loss(p, {}, batch, jax.random.key(0), train=True)[0]))(params)
 
 
-@pytest.mark.parametrize("negatives", ["replica", "global"])
-@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2}, {"fsdp": 2, "model": 2}], ids=str)
-def test_sam_is_two_replicas_perturbed_apart(negatives, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "negatives"),
+    [({"data": 1}, "replica"), ({"data": 2}, "global"), ({"fsdp": 2, "model": 2}, "replica")],
+    ids=str,
+)
+def test_sam_is_two_replicas_perturbed_apart(sizes, negatives):
     stage, params, batch = stage_and_inputs()
     mesh = make_mesh(sizes)
     config = {"rho": RHO, "pairs": 4, "negatives": negatives}

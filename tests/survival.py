@@ -182,7 +182,7 @@ def main() -> int:
         options.workdir,
         kills=options.kills,
         seed=options.seed,
-        steps=options.steps or 60 + 60 * options.kills,
+        steps=options.steps or 60 + 20 * options.kills,
         data_dir=data_dir,
         processes=options.processes,
         devices=options.devices,

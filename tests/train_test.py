@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_even_where_its_last_checkpoint_is_dam
 
 
 def test_three_kills_change_nothing(tmp_path, data_dir):
-    trial = survive(tmp_path, kills=3, seed=random.randrange(1 << 30), steps=180, data_dir=data_dir)
+    trial = survive(tmp_path, kills=3, seed=random.randrange(1 << 30), steps=100, data_dir=data_dir)
     assert trial.kills == 3 and not trial.faults
 
 
