@@ -147,9 +147,10 @@ def test_a_weights_gradient_is_scattered_over_fsdp_and_its_pieces_summed_over_th
 
     gradient = jax.jit(jax.grad(loss))
     text = gradient.lower(kernel, x).as_text()
-    # Of a device's own part of the gradient, whole, to half of it; then between the four that hold this half.
+    # Of a device's own part of the gradient, whole, to half of it; then between the four that hold this half. The
+    # halves, four channels wide each, stand one behind the other.
     (scattered,) = re.findall(r"reduce_scatter.*?: \((tensor<[^>]*>)\) -> (tensor<[^>]*>)", text, re.DOTALL)
-    assert scattered == ("tensor<3x3x4x8xf32>", "tensor<3x3x4x4xf32>")
+    assert scattered == ("tensor<2x36x4xf32>", "tensor<1x36x4xf32>")
 
     def plainly(kernel):
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -117,7 +117,7 @@ class Step:
         """1.0, or 0.0 at the last step, after which there is no noise."""
         return self.lookup(np.arange(len(self.diffusion.alpha_bars)) > 0)
 
-    def ancestral(self, deviation: AnyData) -> AnyData:
+    def ancestral(self, deviation: Float[Array, "b ..."]) -> AnyData:
         """Draws the reverse step with this standard deviation. Guidance moves its mean (GLIDE, section 2.4)."""
         mean = self.diffusion.q_posterior(x_start=self.x_start, x_t=self.x_t, t=self.t).mean
         if self.gradient is not None:
